@@ -1,0 +1,55 @@
+"""One local Ray cluster for the whole suite, and the real audio that some tests use when it is there."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_TRAIN_V2_ENABLED="1",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.25",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local cluster with 4 logical CPUs; jobs called in-process find it through `ray.is_initialized()`."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=512 * 1024**2,
+        log_to_driver=False,
+        logging_level="warning",
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def esc10() -> Path:
+    """The 400 labelled real clips, where the checkout has them."""
+    path = SHARED / "data" / "esc10"
+    if not path.is_dir():
+        pytest.skip(f"real audio not found at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Reference values computed by the official AudioMAE++ code."""
+    path = SHARED / "golden" / "audiomaepp_small"
+    if not path.is_dir():
+        pytest.skip(f"golden values not found at {path}")
+    return path

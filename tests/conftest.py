@@ -1,6 +1,7 @@
 """One local Ray cluster for the whole suite, and the real audio that some tests use when it is there."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,40 @@ SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local cluster with 4 logical CPUs; jobs called in-process find it through `ray.is_initialized()`."""
+def s3_server() -> Iterator[str]:
+    """The endpoint of a real S3 protocol server on loopback; the AWS variables of this process point at it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    os.environ.update(
+        AWS_ENDPOINT_URL=endpoint,
+        AWS_ACCESS_KEY_ID="test",
+        AWS_SECRET_ACCESS_KEY="test",
+        AWS_DEFAULT_REGION="us-east-1",
+    )
+    yield endpoint
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str) -> str:
+    """`s3://<a fresh bucket>`."""
+    import boto3
+
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: str) -> Iterator[None]:
+    """A local cluster with 4 logical CPUs; jobs called in-process find it through `ray.is_initialized()`.
+
+    It starts after the S3 server, so that its workers inherit the AWS variables.
+    """
     import ray
 
     ray.init(

@@ -1,0 +1,47 @@
+# One virtual environment in .venv; every target sets it up first when it is missing.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup setup-gpu demo test test-all lint bench serve clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv with everything pinned (a few minutes, several GB: the CUDA build serves CPU machines too)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+setup-gpu: $(STAMP) ## swap faiss-cpu for faiss-gpu (one module name, so never both)
+	$(BIN)/pip uninstall --quiet --yes faiss-cpu
+	$(BIN)/pip install --quiet --constraint constraints.txt faiss-gpu==1.15.1
+
+demo: $(STAMP) ## from raw audio to a live answer on the generated corpus, then stop everything
+	$(BIN)/python ray_jobs/demo.py --out demo
+
+test: $(STAMP) ## the default suite (under 12 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP) ## everything, the slow chaos and scale tests included
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
+
+lint: $(STAMP) ## ruff, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## every measurement side by side; JSON lands in docs/benchmarks
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+serve: $(STAMP) ## serve the demo's index on http://127.0.0.1:8000
+	$(BIN)/serve run serve.app:build index=demo/index
+
+clean: ## remove what the demo and the tools wrote (not .venv)
+	rm -rf demo runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -186,7 +186,7 @@ def pack(items: pa.Table, shard_cost_s: float | None = None) -> np.ndarray:
     than 5 minutes (a commit must cost nothing) and no more than 30 (so must a lost shard).
     """
     sizes = items["size"].to_numpy(zero_copy_only=False).astype(np.float64)
-    extensions = pc.utf8_lower(pc.list_element(pc.split_pattern(items["uri"], ".", max_splits=1, reverse=True), -1))
+    extensions = pc.utf8_lower(pc.replace_substring_regex(items["uri"], r"^.*\.", ""))
     encoded = extensions.combine_chunks().dictionary_encode()
     rates = np.array(
         [BYTES_PER_S.get(name, BYTES_PER_S_DEFAULT) for name in encoded.dictionary.to_pylist()], np.float64

@@ -1,0 +1,164 @@
+"""Augmentations of log-mel spectrograms, on the model's device, drawn from explicit generators.
+
+A batch is `float[B, T, F]`: natural-log mel power, time first. Each transform takes a `torch.Generator` that lives on
+the CPU: its few numbers per clip are drawn there, so that a seed gives the same augmentation on every device, and the
+arithmetic runs where the batch lies.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Generator, Tensor
+
+from audiomae.config import StrictConfig
+
+DB_TO_LOG_POWER = math.log(10) / 10
+
+
+class AugmentConfig(StrictConfig):
+    """What is done to each view of a clip; 0 or null turns a transform off. Every view draws its own numbers."""
+
+    time_shift: bool = Field(True, description="roll the window by a random offset, as a clip of a loop would start")
+    gain_db: float = Field(6.0, ge=0, description="uniform gain within +- this many dB")
+    stretch: float = Field(1.0, ge=1, description="resampled crop: a stretch of 1/x to x window lengths becomes the window")
+    freq_crop: float = Field(0.0, ge=0, lt=1, description="resampled crop: cut up to this share of the mel axis, resize back")
+    mix: float = Field(0.0, ge=0, lt=1, description="background mix: another clip at up to this share of the power")
+    mix_prob: float = Field(1.0, ge=0, le=1, description="share of clips that get a background")
+    time_masks: int = Field(0, ge=0, description="SpecAugment: number of masked time spans")
+    time_mask_share: float = Field(0.1, ge=0, lt=1, description="longest masked span, as a share of the window")
+    freq_masks: int = Field(0, ge=0, description="SpecAugment: number of masked mel bands")
+    freq_mask_share: float = Field(0.1, ge=0, lt=1, description="widest masked band, as a share of the mel axis")
+
+    @model_validator(mode="after")
+    def _masks_have_size(self) -> "AugmentConfig":
+        if self.time_masks and not self.time_mask_share:
+            raise ValueError("time_masks is set but time_mask_share is 0: give the masks a size")
+        if self.freq_masks and not self.freq_mask_share:
+            raise ValueError("freq_masks is set but freq_mask_share is 0: give the masks a size")
+        return self
+
+    def source_frames(self, window: int) -> int:
+        """Frames to read from a clip so that the longest resampled crop fits: `ceil(window * stretch)`."""
+        return math.ceil(window * self.stretch)
+
+
+def augment(batch: Tensor, window: int, config: AugmentConfig, generator: Generator) -> Tensor:
+    """One augmented view of every clip.
+
+    Order: resampled crop (or plain cut to the window), time shift, background mix, gain, SpecAugment.
+
+    Args:
+        batch: float[B, R, F] with R = `config.source_frames(window)`.
+        window: frames of the result.
+
+    Returns:
+        float[B, window, F].
+    """
+    if config.stretch > 1 or config.freq_crop > 0:
+        batch = resampled_crop(batch, window, config.stretch, config.freq_crop, generator)
+    else:
+        batch = batch[:, :window]
+    if config.time_shift:
+        batch = time_shift(batch, generator)
+    if config.mix > 0:
+        batch = background_mix(batch, config.mix, config.mix_prob, generator)
+    if config.gain_db > 0:
+        batch = gain(batch, config.gain_db, generator)
+    if config.time_masks:
+        batch = mask_spans(batch, 1, config.time_masks, config.time_mask_share, generator)
+    if config.freq_masks:
+        batch = mask_spans(batch, 2, config.freq_masks, config.freq_mask_share, generator)
+    return batch
+
+
+def resampled_crop(batch: Tensor, window: int, stretch: float, freq_crop: float, generator: Generator) -> Tensor:
+    """Cut a random rectangle of each spectrogram and resize it to the window (bilinear).
+
+    The random resize crop of Niizumi et al. 2021 (BYOL-A, section III-C): it shifts pitch and speed a little. The
+    cut lasts `window * stretch ** u` frames, u uniform in [-1, 1], and keeps 1 - freq_crop to 1 of the mel axis.
+
+    Args:
+        batch: float[B, R, F], R >= window * stretch.
+
+    Returns:
+        float[B, window, F].
+    """
+    count, frames, bands = batch.shape
+    draw = torch.rand(4, count, generator=generator)
+    height = window * stretch ** (2 * draw[0] - 1)
+    top = draw[1] * (frames - height)
+    width = bands * (1 - freq_crop * draw[2])
+    left = draw[3] * (bands - width)
+    rows = _sample_positions(top, height, window, frames)
+    columns = _sample_positions(left, width, bands, bands)
+    grid = torch.stack(
+        [columns[:, None, :].expand(count, window, bands), rows[:, :, None].expand(count, window, bands)], dim=-1
+    )
+    grid = grid.to(batch.device, batch.dtype)
+    return F.grid_sample(batch[:, None], grid, mode="bilinear", padding_mode="border", align_corners=False)[:, 0]
+
+
+def time_shift(batch: Tensor, generator: Generator) -> Tensor:
+    """Roll each spectrogram along time by a uniform offset; what leaves at the end enters at the start.
+
+    Args:
+        batch: float[B, T, F].
+    """
+    count, frames, bands = batch.shape
+    offset = torch.randint(frames, (count, 1), generator=generator)
+    index = (torch.arange(frames)[None] - offset) % frames
+    return batch.gather(1, index.to(batch.device)[:, :, None].expand(count, frames, bands))
+
+
+def gain(batch: Tensor, max_db: float, generator: Generator) -> Tensor:
+    """Louder or softer by up to `max_db` decibels, uniform per clip.
+
+    Args:
+        batch: float[B, T, F] natural-log power.
+    """
+    decibels = (2 * torch.rand(len(batch), 1, 1, generator=generator) - 1) * max_db
+    return batch + (decibels * DB_TO_LOG_POWER).to(batch.device, batch.dtype)
+
+
+def background_mix(batch: Tensor, max_share: float, probability: float, generator: Generator) -> Tensor:
+    """Add another clip of the batch as background, in power: log((1 - a) exp(x) + a exp(y)), a uniform in [0, max].
+
+    BYOL-A's mixup for log-mel (Niizumi et al. 2021, eq. 3) within the batch. Powers of independent sounds add.
+
+    Args:
+        batch: float[B, T, F] natural-log power.
+        max_share: largest share of the background.
+        probability: share of the clips that get one.
+    """
+    count = len(batch)
+    share = torch.rand(count, 1, 1, generator=generator) * max_share
+    share = torch.where(torch.rand(count, 1, 1, generator=generator) < probability, share, 0.0)
+    other = torch.randperm(count, generator=generator)
+    share = share.to(batch.device, batch.dtype)
+    return torch.logaddexp(batch + torch.log1p(-share), batch[other.to(batch.device)] + share.log())
+
+
+def mask_spans(batch: Tensor, axis: int, number: int, max_share: float, generator: Generator) -> Tensor:
+    """SpecAugment (Park et al. 2019): replace `number` spans along `axis` by the clip's mean.
+
+    Args:
+        batch: float[B, T, F].
+        axis: 1 = time, 2 = frequency.
+        number: spans per clip; they may overlap.
+        max_share: longest span as a share of the axis; lengths are uniform from 0.
+    """
+    count, size = len(batch), batch.shape[axis]
+    length = torch.rand(number, count, 1, generator=generator) * max_share * size
+    start = torch.rand(number, count, 1, generator=generator) * (size - length)
+    position = torch.arange(size)[None, None] + 0.5
+    masked = ((position >= start) & (position < start + length)).any(dim=0).to(batch.device)
+    masked = masked[:, :, None] if axis == 1 else masked[:, None, :]
+    return torch.where(masked, batch.mean(dim=(1, 2), keepdim=True), batch)
+
+
+def _sample_positions(start: Tensor, length: Tensor, outputs: int, inputs: int) -> Tensor:
+    """Where to sample an axis of `inputs` cells to resize [start, start + length) to `outputs` cells, in [-1, 1]."""
+    centres = start[:, None] + (torch.arange(outputs)[None] + 0.5) / outputs * length[:, None]
+    return 2 * centres / inputs - 1

@@ -1,0 +1,1 @@
+"""Finding vectors: embedding shards, the index over them, and published releases."""

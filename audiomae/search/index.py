@@ -1,0 +1,426 @@
+"""The vector index: choose, train, build a part, merge, search. The only module that imports faiss.
+
+A release holds every vector once as float16, in row order (`vectors.faiss`, memory-mapped): the *row store*. It answers
+exact searches, gives any vector back, and is what every index is built from, so an index built in parts, in one piece
+or again from an older release has the same bytes. Small releases search the row store itself; larger ones put an
+inverted-file index (`index.faiss`, in memory) before it and rescore its candidates on the row store, so scores are the
+cosine similarity of the stored vectors whatever the index is.
+
+FAISS ids are row numbers; clip ids lie beside them in `ids.npy`. Deleted rows stay until a rebuild and are masked out.
+"""
+
+import functools
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+
+from audiomae.cli import UserError
+from audiomae.config import StrictConfig
+from audiomae.search import release as releases
+from audiomae.search.items import Items
+from audiomae.storage import IntegrityError
+
+VECTORS_FILE, INDEX_FILE, TRAINED_FILE = "vectors.faiss", "index.faiss", "trained.faiss"
+IDS_FILE, DELETED_FILE, BLOCKED_FILE = "ids.npy", "deleted.npy", "blocked_ids.npy"
+FLAT_MAX_ROWS = 20_000  # up to here an exact scan takes about a millisecond
+EXACT_MAX_MATCHES = 20_000  # a filter that leaves no more rows than this is answered by an exact scan
+MAX_PROBE_FACTOR = 4.0  # how much wider to probe when a filter leaves a tenth of the rows or more
+TRAIN_ROWS_PER_LIST = 64
+ADD_BATCH = 16_384
+_READ_LOCK = threading.Lock()
+
+
+class IndexSpec(StrictConfig):
+    """What an index is made of and how it is searched.
+
+    `factory` is FAISS's own description of it ("" for the row store alone); `refine` times k candidates are rescored
+    exactly; `bytes_in_memory` is what a vector costs in RAM (the row store is mapped and not counted).
+    """
+
+    kind: Literal["flat", "ivf"]
+    factory: str = ""
+    nlist: int = 0
+    nprobe: int = 0
+    refine: int = 1
+    bytes_in_memory: int = 0
+
+
+def choose(
+    num_vectors: int, dim: int, memory_gib: float | None = None, flat_max_rows: int = FLAT_MAX_ROWS
+) -> IndexSpec:
+    """The index for this many vectors within this much memory.
+
+    The first that fits: the float16 row store alone (small), then an inverted file with 4 sqrt(N) lists and 16, 8 or
+    4 bits a component. `nprobe` is a starting point; a build tunes it to the recall asked for.
+
+    Raises:
+        UserError: when nothing fits, with the least memory that would do.
+    """
+    if num_vectors <= flat_max_rows:
+        return IndexSpec(kind="flat")
+    nlist = min(2 ** round(math.log2(4 * math.sqrt(num_vectors))), 2 ** int(math.log2(num_vectors / 39)))
+    budget = math.inf if memory_gib is None else memory_gib * 2**30
+    needed = 0.0
+    for codec, bits, refine in (("SQfp16", 16, 1), ("SQ8", 8, 2), ("SQ4", 4, 4)):
+        per_vector = math.ceil(dim * bits / 8) + 8  # the code and the row number
+        needed = num_vectors * per_vector + nlist * dim * 4
+        if needed <= budget:
+            factory = f"IVF{nlist},{codec}"
+            return IndexSpec(
+                kind="ivf", factory=factory, nlist=nlist, nprobe=1, refine=refine, bytes_in_memory=per_vector
+            )
+    raise UserError(
+        f"{num_vectors:,} vectors of {dim} dimensions need at least {needed / 2**30:.2f} GiB of index memory, "
+        f"got --memory-gib {memory_gib}: allow more, or split the corpus over several indexes"
+    )
+
+
+def to_rows(vectors: np.ndarray) -> np.ndarray:
+    """Vectors as the row store keeps them: L2-normalised float16[N, D].
+
+    Raises:
+        IntegrityError: a vector with NaN, infinity or no length, with its row.
+    """
+    vectors = np.asarray(vectors, dtype=np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] < 1e-6))
+    if len(bad):
+        raise IntegrityError(
+            f"embedding in row {bad[0]} has length {norms[bad[0], 0]}, expected a finite unit vector ({len(bad)} of "
+            f"{len(vectors)} rows): embed the corpus again"
+        )
+    return (vectors / norms).astype(np.float16)
+
+
+def train(spec: IndexSpec, sample: np.ndarray, out: Path, seed: int = 0) -> None:
+    """Train an empty index on row-store vectors `float16[N, D]` and write it to `out`."""
+    index = faiss.index_factory(sample.shape[1], spec.factory, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = seed + 1234
+    index.cp.max_points_per_centroid = TRAIN_ROWS_PER_LIST
+    index.train(sample.astype(np.float32))
+    faiss.write_index(index, str(out))
+
+
+def build_part(trained: Path, rows: np.ndarray, out: Path) -> None:
+    """Add row-store vectors `float16[N, D]` to a copy of the trained index; row numbers start at 0 in every part."""
+    index = read_index(trained)
+    for start in range(0, len(rows), ADD_BATCH):
+        index.add(rows[start : start + ADD_BATCH].astype(np.float32))
+    faiss.write_index(index, str(out))
+
+
+def merge(parts: Sequence[Path], out: Path) -> int:
+    """Join parts of one trained index, in order, into the index that one piece would have given; return its rows.
+
+    Raises:
+        IntegrityError: parts that were trained apart.
+    """
+    merged = read_index(parts[0])
+    for part in parts[1:]:
+        other = read_index(part)
+        try:
+            merged.check_compatible_for_merge(other)
+        except RuntimeError as error:
+            raise IntegrityError(f"{part}: not built from the trained index of {parts[0]}: {error}") from None
+        merged.merge_from(other, merged.ntotal)
+    faiss.write_index(merged, str(out))
+    return int(merged.ntotal)
+
+
+def write_row_store(blocks: Iterator[np.ndarray], dim: int, out: Path) -> int:
+    """Write row-store vectors, given as float16[n, D] blocks, as one file that can be mapped; return how many."""
+    store = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    for block in blocks:
+        store.add_sa_codes(np.ascontiguousarray(block).view(np.uint8))
+    faiss.write_index(store, str(out))
+    return int(store.ntotal)
+
+
+def read_index(path: Path, mapped: bool = False) -> Any:
+    """Read a FAISS file whose checksum was verified; what it may allocate is bounded by its size."""
+    limit = 10 * os.path.getsize(path) + (1 << 20)
+    with _READ_LOCK:  # the limit is global to the process
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(limit)
+        try:
+            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+        except RuntimeError as error:
+            raise IntegrityError(f"{path}: not a readable index: {error}; build the index again") from None
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let FAISS use `count` threads inside the block (Ray allots one to a one-CPU task)."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that a search may return: `bits` is bool[N] packed little-endian, `count` how many are set."""
+
+    bits: np.ndarray
+    count: int
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> "Selection":
+        """From bool[N]."""
+        return cls(np.packbits(mask, bitorder="little"), int(np.count_nonzero(mask)))
+
+
+class Searcher:
+    """Row store plus index: row numbers for vectors. Safe to call from several threads.
+
+    Args:
+        directory: where `vectors.faiss` and `index.faiss` lie, checked already.
+        spec: what they are.
+    """
+
+    def __init__(self, directory: Path, spec: IndexSpec) -> None:
+        self.spec = spec
+        self._store = read_index(directory / VECTORS_FILE, mapped=True)
+        self._index = read_index(directory / INDEX_FILE) if spec.kind == "ivf" else None
+        self.num_rows, self.dim = int(self._store.ntotal), int(self._store.d)
+        if self._index is not None and (self._index.ntotal, self._index.d) != (self.num_rows, self.dim):
+            raise IntegrityError(
+                f"{directory}: index of {self._index.ntotal} x {self._index.d} beside a row store of "
+                f"{self.num_rows} x {self.dim}: build the index again"
+            )
+        codes = faiss.rev_swig_ptr(self._store.codes.data(), self._store.codes.size())
+        self.rows: np.ndarray = codes.view(np.float16).reshape(self.num_rows, self.dim)
+
+    def search(
+        self, queries: np.ndarray, k: int, selection: Selection | None = None, spec: IndexSpec | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best rows of each query by inner product, best first.
+
+        Args:
+            queries: float32[Q, D], unit length.
+            k: how many.
+            selection: only these rows; None for all.
+            spec: search settings other than the index's own (for tuning).
+
+        Returns:
+            scores float32[Q, k] and rows int64[Q, k]; where there are fewer, row -1 with score -inf.
+        """
+        spec = spec or self.spec
+        count = self.num_rows if selection is None else selection.count
+        shape = (len(queries), k)
+        if count == 0 or not len(queries):
+            return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
+        selector = None if selection is None else faiss.IDSelectorBitmap(selection.bits)
+        if self._index is None or (selection is not None and count <= EXACT_MAX_MATCHES):
+            scores, rows = self._store.search(queries, k, params=faiss.SearchParameters(sel=selector))
+            return np.where(rows < 0, -np.inf, scores).astype(np.float32), rows
+        share = count / self.num_rows
+        factor = 1 / share if share < 0.1 else min(1 / share, MAX_PROBE_FACTOR)
+        nprobe = min(spec.nlist, math.ceil(spec.nprobe * factor))
+        scores, rows = self._probe(queries, k, selector, nprobe, spec.refine)
+        short = np.flatnonzero((rows < 0).sum(axis=1) > max(0, k - count))
+        if len(short) and nprobe < spec.nlist:  # the lists probed held too few matches: look everywhere
+            scores[short], rows[short] = self._probe(queries[short], k, selector, spec.nlist, spec.refine)
+        return scores, rows
+
+    def _probe(
+        self, queries: np.ndarray, k: int, selector: Any, nprobe: int, refine: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        params = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
+        _, found = self._index.search(queries, min(k * refine, self.num_rows), params=params)
+        scores = np.einsum("qd,qnd->qn", queries, self.rows[found].astype(np.float32))
+        scores[found < 0] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
+        missing = k - rows.shape[1]
+        if missing > 0:
+            scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
+            rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
+        return scores, rows
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What a search found, best first.
+
+    Attributes:
+        ids: int64[Q, k], -1 where there are fewer than k.
+        scores: float32[Q, k], cosine similarity; -inf beside an id of -1.
+        items: one list per query with the items-table row of every hit (none for padding).
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    items: list[list[dict[str, Any]]]
+
+
+class AudioIndex:
+    """A published index, opened for searching. Safe to call from several threads.
+
+    index = AudioIndex.open("INDEX")
+    hits = index.search(encoder.embed(["rain.wav"]), k=10, filter={"label": "rain"})
+    """
+
+    def __init__(self, release: releases.Release) -> None:
+        self.release = release
+        self._directory = Path(release.path)
+        info = release.info
+        self.spec = IndexSpec(**info["spec"])
+        self._searcher = Searcher(self._directory, self.spec)
+        self._ids: np.ndarray = np.load(self._directory / IDS_FILE, mmap_mode="r")
+        self.table = Items(self._directory)
+        deleted = np.load(self._directory / DELETED_FILE)
+        self._live: np.ndarray | None = None
+        if len(deleted):
+            self._live = np.ones(self._searcher.num_rows, dtype=bool)
+            self._live[deleted] = False
+        self._select = functools.lru_cache(maxsize=32)(self._selection)
+
+    @classmethod
+    def open(
+        cls, index_dir: str | os.PathLike[str], version: str = "latest", fingerprint: str | None = None
+    ) -> "AudioIndex":
+        """Open a release after checking every file of it against its checksum.
+
+        Args:
+            index_dir: INDEX, local or s3:// (fetched to a local cache), or one release directory.
+            version: a version name, or "latest".
+            fingerprint: that of the encoder that will make the queries; checked when given.
+
+        Raises:
+            UserError: no such release. IntegrityError: a damaged file, or another encoder.
+        """
+        index = cls(releases.fetch(releases.resolve(index_dir, version)))
+        if fingerprint is not None:
+            index.check_fingerprint(fingerprint)
+        return index
+
+    @property
+    def version(self) -> str:
+        """The version's name, such as `v000003`."""
+        return self.release.version
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder whose vectors are indexed."""
+        return self.release.fingerprint
+
+    @property
+    def encoder_dir(self) -> Path:
+        """The encoder that belongs to this index: `AudioEncoder.load(index.encoder_dir)`."""
+        return self._directory / "encoder"
+
+    @property
+    def dim(self) -> int:
+        """The length of a vector."""
+        return self._searcher.dim
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the items table, which a filter may name."""
+        return self.table.columns
+
+    def __len__(self) -> int:
+        """How many vectors can be found."""
+        return len(self._ids) if self._live is None else int(np.count_nonzero(self._live))
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Refuse queries of another encoder: their vectors have nothing to do with these."""
+        if fingerprint != self.fingerprint:
+            raise IntegrityError(
+                f"encoder and index {self.version} do not belong together: encoder fingerprint {fingerprint}, "
+                f"expected {self.fingerprint}; use the encoder in {self.encoder_dir}, or embed and index the corpus "
+                "with the new one"
+            )
+
+    def search(self, vectors: np.ndarray, k: int = 10, filter: Mapping[str, Any] | None = None) -> Hits:
+        """The k nearest clips of each vector.
+
+        Args:
+            vectors: float[Q, D] or float[D], from the encoder of this index; any length but zero.
+            k: how many.
+            filter: `{"column": value | {"in": [...]} | {"gte": x, "lt": y}}` over the items table, all ANDed.
+
+        Raises:
+            ValueError: vectors of another dimension, not finite or zero, or k < 1.
+            FilterError: a filter that does not fit the items table.
+        """
+        queries = self._check_queries(vectors, k)
+        scores, rows = self._searcher.search(queries, k, self._selection_for(filter))
+        return self._hits(scores, rows)
+
+    def search_id(self, id: int, k: int = 10, filter: Mapping[str, Any] | None = None) -> Hits:
+        """The k nearest clips of an indexed clip, itself left out (Q = 1).
+
+        Raises:
+            KeyError: no clip has this id.
+        """
+        row = self._row(id)
+        queries = self._check_queries(self._searcher.rows[row], k)
+        scores, rows = self._searcher.search(queries, k + 1, self._selection_for(filter))
+        others = np.argsort(rows[0] == row, kind="stable")[:k]
+        return self._hits(scores[:, others], rows[:, others])
+
+    def item(self, id: int) -> dict[str, Any]:
+        """The items-table row of a clip. Raises KeyError when no clip has this id."""
+        return self.table.rows([self._row(id)])[0]
+
+    def vector(self, id: int) -> np.ndarray:
+        """The stored vector of a clip, float32[D]. Raises KeyError when no clip has this id."""
+        return self._searcher.rows[self._row(id)].astype(np.float32)
+
+    def corpus_root(self, item: Mapping[str, Any]) -> str:
+        """The folder or bucket prefix that the item's `uri` is relative to."""
+        return str(self.release.info["corpora"][item["corpus"]]["root"])
+
+    @functools.cached_property
+    def _by_id(self) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.arange(len(self._ids)) if self._live is None else np.flatnonzero(self._live)
+        rows = rows[np.argsort(self._ids[rows], kind="stable")]
+        return self._ids[rows], rows
+
+    def _row(self, id: int) -> int:
+        ids, rows = self._by_id
+        position = int(np.searchsorted(ids, id))
+        if position == len(ids) or ids[position] != id:
+            raise KeyError(f"no clip with id {id} in index {self.version}")
+        return int(rows[position])
+
+    def _selection_for(self, where: Mapping[str, Any] | None) -> Selection | None:
+        if not where:
+            return None if self._live is None else self._select("{}")
+        return self._select(json.dumps(where, sort_keys=True, default=str))
+
+    def _selection(self, where: str) -> Selection:
+        mask = self.table.mask(json.loads(where))
+        return Selection.of(mask if self._live is None else mask & self._live)
+
+    def _check_queries(self, vectors: np.ndarray, k: int) -> np.ndarray:
+        queries = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise ValueError(
+                f"query vectors of shape {np.shape(vectors)}, expected [Q, {self.dim}]: use the encoder of this index"
+            )
+        if k < 1:
+            raise ValueError(f"k={k}, expected at least 1")
+        norms = np.linalg.norm(queries, axis=1, keepdims=True)
+        if not (np.isfinite(norms) & (norms > 1e-12)).all():
+            raise ValueError("a query vector is zero or has NaN or infinity in it; expected a finite direction")
+        return np.ascontiguousarray(queries / norms)
+
+    def _hits(self, scores: np.ndarray, rows: np.ndarray) -> Hits:
+        ids = np.where(rows >= 0, self._ids[rows], -1)
+        return Hits(ids, scores, [self.table.rows(found[found >= 0]) for found in rows])

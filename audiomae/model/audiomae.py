@@ -1,0 +1,430 @@
+"""AudioMAE++: a masked autoencoder over log-mel patches with macaron blocks and SwiGLU.
+
+Yadav, Theodoridis, Tan 2025, "AudioMAE++: learning better masked audio representations with SwiGLU FFNs"
+(github.com/SarthakYadav/audiomae-plusplus-official). Input is time-first log-mel `[B, 1, T, F]`; patches are
+time-major. Positions are fixed 2-D sin-cos, computed for whatever grid comes in, so any length runs.
+"""
+
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from timm.layers import Attention, DropPath, Mlp, SwiGLU
+from torch import Tensor, nn
+
+from audiomae.config import StrictConfig
+from audiomae.model.masking import MaskMode, random_masking
+
+Size = Literal["debug", "tiny", "small", "medium", "base", "large", "huge"]
+Positions = Literal["extend", "interpolate"]
+
+SIZES: dict[str, dict[str, int]] = {
+    "debug": {
+        "embed_dim": 64,
+        "depth": 2,
+        "num_heads": 2,
+        "decoder_embed_dim": 48,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    },
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "medium": {"embed_dim": 512, "depth": 12, "num_heads": 8},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class AudioMAEConfig(StrictConfig):
+    """Architecture of one AudioMAE++ network; `size` fills the dimensions that are not given.
+
+    Attributes:
+        img_size: (frames, mels) of the model's window; longer input is chunked or runs with more positions.
+        patch_size, stride: (frames, mels); stride None = patch_size, smaller = overlapping patches (AST uses 10 of 16).
+        mask_ratio, mask_mode: of pretraining.
+        norm_pix_loss: reconstruct each patch normalised by its own mean and deviation.
+        ffn2_norm: the norm before the second feed-forward: `norm3`, or `norm2` as the official code does (it shares
+            the attention's norm and leaves norm3 unused), which official checkpoints need.
+        decoder_positions: `2d` sin-cos, or `1d` over the flattened patches as the official code has it.
+        drop_path: stochastic depth rate at the last encoder block, rising linearly from 0.
+    """
+
+    kind: Literal["audiomae"] = "audiomae"
+    size: Size = "base"
+    img_size: tuple[int, int] = (200, 80)
+    patch_size: tuple[int, int] = (4, 16)
+    stride: tuple[int, int] | None = None
+    embed_dim: int = Field(default=768, gt=0, multiple_of=4)
+    depth: int = Field(default=12, gt=0)
+    num_heads: int = Field(default=12, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    decoder_embed_dim: int = Field(default=384, gt=0, multiple_of=4)
+    decoder_depth: int = Field(default=4, gt=0)
+    decoder_heads: int = Field(default=8, gt=0)
+    mask_ratio: float = Field(default=0.75, ge=0.0, lt=1.0)
+    mask_mode: MaskMode = "unstructured"
+    norm_pix_loss: bool = True
+    ffn2_norm: Literal["norm3", "norm2"] = "norm3"
+    decoder_positions: Literal["2d", "1d"] = "2d"
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_size(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {**SIZES.get(str(values.get("size", "base")), {}), **values}
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> "AudioMAEConfig":
+        for name, dim, heads in (
+            ("num_heads", self.embed_dim, self.num_heads),
+            ("decoder_heads", self.decoder_embed_dim, self.decoder_heads),
+        ):
+            if dim % heads:
+                raise ValueError(f"{name}: expected a divisor of the width {dim}, got {heads}")
+        for axis, image, patch, step in zip(("time", "mel"), self.img_size, self.patch_size, self.steps, strict=True):
+            if not 0 < step <= patch <= image:
+                raise ValueError(
+                    f"{axis} axis: expected 0 < stride <= patch_size <= img_size, got stride {step}, patch {patch}, "
+                    f"image {image}"
+                )
+            if step == patch and image % patch:
+                raise ValueError(f"{axis} axis: img_size {image} is not a multiple of patch_size {patch}")
+        return self
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """(frames, mels) from one patch to the next."""
+        return self.stride or self.patch_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(Nt, Nf) patches of one full window."""
+        (t, f), (pt, pf), (st, sf) = self.img_size, self.patch_size, self.steps
+        return (t - pt) // st + 1, (f - pf) // sf + 1
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """The settings that decide an embedding: not those of the decoder or of training."""
+        names = {"kind", "img_size", "patch_size", "stride", "num_heads", "ffn2_norm"}
+        return self.model_dump(mode="json", include=names)
+
+    @property
+    def time_slack(self) -> int:
+        """Frames added before counting time steps: a last partial patch counts (zero-padded) unless patches overlap,
+        where the one before it holds most of its frames already (AST drops it too)."""
+        return self.steps[0] - 1 if self.steps[0] == self.patch_size[0] else 0
+
+
+class EncoderOutput(NamedTuple):
+    """What a backbone makes of a batch.
+
+    Attributes:
+        tokens: float [B, 1 + N, D], cls first, patches time-major.
+        token_mask: bool [B, 1 + N], True = real.
+        grid: (Nt, Nf) patches of the whole input.
+        cls_attention: float [B, N] or None: how much the last block's cls query attends to each patch (mean over heads,
+            sums to 1 over a clip's real patches).
+        padded: False = every token is real, so the mask can be left out.
+    """
+
+    tokens: Tensor
+    token_mask: Tensor
+    grid: tuple[int, int]
+    cls_attention: Tensor | None = None
+    padded: bool = True
+
+
+class MAEOutput(NamedTuple):
+    """One masked step over B clips of N patches, at most K of them visible.
+
+    Attributes:
+        loss: scalar.
+        pred, target: float [B, N, pt * pf].
+        mask: float [B, N], 1 = hidden and reconstructed, 0 = visible or padding.
+        tokens: float [B, 1 + K, D], visible tokens, cls first.
+        token_mask: bool [B, 1 + K], False where a shorter clip has fewer visible patches.
+        ids_keep: int64 [B, K]. ids_restore: int64 [B, N]. (See `Masking`.)
+    """
+
+    loss: Tensor
+    pred: Tensor
+    target: Tensor
+    mask: Tensor
+    tokens: Tensor
+    token_mask: Tensor
+    ids_keep: Tensor
+    ids_restore: Tensor
+
+
+class MacaronBlock(nn.Module):
+    """x + FFN/2, + attention, + SwiGLU FFN, each pre-normed (Gulati et al. 2020's macaron, AudioMAE++'s SwiGLU)."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, ffn2_norm: str, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(dim)
+        self.ffn1 = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.SiLU)
+        self.norm2 = layer_norm(dim)
+        self.attn = Attention(dim, heads, qkv_bias=True)
+        self.norm3 = layer_norm(dim)
+        self.ffn2 = SwiGLU(dim, int(4 * dim * (2 / 3)), norm_layer=layer_norm)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.share_norm2 = ffn2_norm == "norm2"
+        self.norm3.requires_grad_(not self.share_norm2)  # a parameter without a gradient would stall DDP
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        x = x + 0.5 * self.ffn1(self.norm1(x))
+        x = x + self.drop_path(self.attn(self.norm2(x), attn_mask=attn_mask))
+        norm = self.norm2 if self.share_norm2 else self.norm3
+        return x + self.drop_path(self.ffn2(norm(x)))
+
+    def cls_attention(self, x: Tensor, patch_mask: Tensor) -> Tensor:
+        """Attention of token 0 to the patches, for this block's input x [B, 1 + N, D] -> [B, N], rows sum to 1."""
+        x = self.norm2(x + 0.5 * self.ffn1(self.norm1(x)))
+        batch, tokens, dim = x.shape
+        weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
+        query = F.linear(x[:, 0], weight[:dim], bias[:dim]).view(batch, self.attn.num_heads, 1, -1)
+        keys = F.linear(x[:, 1:], weight[dim : 2 * dim], bias[dim : 2 * dim])
+        keys = keys.view(batch, tokens - 1, self.attn.num_heads, -1).permute(0, 2, 3, 1)
+        scores = ((query @ keys) * self.attn.scale).squeeze(2).float()
+        return scores.masked_fill(~patch_mask[:, None], float("-inf")).softmax(-1).mean(1)
+
+
+class Decoder(nn.Module):
+    """Visible tokens and mask tokens at all positions -> the pixels of every patch."""
+
+    def __init__(self, config: AudioMAEConfig) -> None:
+        super().__init__()
+        dim = config.decoder_embed_dim
+        self.embed = nn.Linear(config.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+        self.blocks = nn.ModuleList(
+            MacaronBlock(dim, config.decoder_heads, config.mlp_ratio, config.ffn2_norm)
+            for _ in range(config.decoder_depth)
+        )
+        self.norm = layer_norm(dim)
+        self.pred = nn.Linear(dim, config.patch_size[0] * config.patch_size[1])
+
+
+class AudioMAE(nn.Module):
+    """The network. `decoder=False` builds the encoder alone (what a release carries)."""
+
+    def __init__(self, config: AudioMAEConfig, decoder: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        pixels = config.patch_size[0] * config.patch_size[1]
+        self.patch_proj = nn.Linear(pixels, config.embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim).normal_(std=0.02))
+        rates = np.linspace(0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(
+            MacaronBlock(config.embed_dim, config.num_heads, config.mlp_ratio, config.ffn2_norm, rate) for rate in rates
+        )
+        self.norm = layer_norm(config.embed_dim)
+        self.decoder = Decoder(config) if decoder else None
+        self.apply(_init_weights)
+
+    @property
+    def dim(self) -> int:
+        """Width of a token."""
+        return self.config.embed_dim
+
+    def grid(self, frames: int) -> tuple[int, int]:
+        """(Nt, Nf) patches of a spectrogram of `frames` frames."""
+        return int(self.step_counts(torch.tensor(frames))), self.config.grid[1]
+
+    def step_counts(self, frame_lengths: Tensor) -> Tensor:
+        """Time steps of patches that clips of int64[B] frames have (int64[B]), at least 1."""
+        config = self.config
+        leftover = frame_lengths - config.patch_size[0] + config.time_slack
+        return leftover.div(config.steps[0], rounding_mode="floor").clamp(min=0) + 1
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """Log-mel [B, 1, T, F] -> patches [B, Nt * Nf, pt * pf], overlapping when stride < patch_size."""
+        if x.dim() != 4 or x.shape[1] != 1 or x.shape[3] != self.config.img_size[1]:
+            raise ValueError(
+                f"AudioMAE input: expected [B, 1, T, {self.config.img_size[1]}], got {list(x.shape)}: "
+                "features.n_mels (or resize_mels) and backbone.img_size must agree"
+            )
+        (pt, pf), (st, sf) = self.config.patch_size, self.config.steps
+        steps, _ = self.grid(x.shape[2])
+        missing = (steps - 1) * st + pt - x.shape[2]
+        if missing > 0:
+            x = F.pad(x, (0, 0, 0, missing))
+        return x[:, 0].unfold(1, pt, st).unfold(2, pf, sf).flatten(1, 2).flatten(2)
+
+    def encode(
+        self,
+        x: Tensor,
+        frame_lengths: Tensor | None = None,
+        ids_keep: Tensor | None = None,
+        visible: Tensor | None = None,
+        positions: Positions = "extend",
+        want_cls_attention: bool = False,
+    ) -> EncoderOutput:
+        """Tokens of all patches, or of `ids_keep` only.
+
+        Args:
+            x: log-mel [B, 1, T, F], zero past each clip's own frames.
+            frame_lengths: int64[B] real frames; None = all T, and no attention mask at all.
+            ids_keep: int64[B, K] patches to keep (all when None).
+            visible: bool[B, K], False = a kept column that this clip does not have (see `Masking`).
+            positions: past the model's window, `extend` counts on, `interpolate` squeezes the clip into the window.
+            want_cls_attention: also return the last block's attention of cls to patches.
+
+        Padding is never attended to, so a clip's tokens are the same alone and in any batch.
+        """
+        grid = self.grid(x.shape[2])
+        patches = self.patchify(x)
+        patch_mask = None if frame_lengths is None else self.patch_mask(frame_lengths.to(x.device), grid)
+        embedded = self._positions(grid, frame_lengths, positions, x.device)
+        if ids_keep is not None:
+            patches = _take(patches, ids_keep)
+            embedded = _take(embedded.expand(len(x), -1, -1), ids_keep)
+            if patch_mask is not None:
+                patch_mask = patch_mask.gather(1, ids_keep)
+            if visible is not None:
+                patch_mask = visible if patch_mask is None else patch_mask & visible
+        tokens = self.patch_proj(patches) + embedded
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1).to(tokens.dtype), tokens], dim=1)
+        if patch_mask is None:
+            token_mask, attn_mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool), None
+        else:
+            token_mask = F.pad(patch_mask, (1, 0), value=True)
+            attn_mask = token_mask[:, None, None]
+        cls_attention = None
+        for index, block in enumerate(self.blocks):
+            if want_cls_attention and index == len(self.blocks) - 1:
+                cls_attention = block.cls_attention(tokens, token_mask[:, 1:])
+            tokens = block(tokens, attn_mask)
+        return EncoderOutput(self.norm(tokens), token_mask, grid, cls_attention, padded=patch_mask is not None)
+
+    def patch_mask(self, frame_lengths: Tensor, grid: tuple[int, int]) -> Tensor:
+        """bool [B, Nt * Nf]: True for the patches of the time steps that each clip has."""
+        real = torch.arange(grid[0], device=frame_lengths.device) < self.step_counts(frame_lengths)[:, None]
+        return real.repeat_interleave(grid[1], dim=1)
+
+    def decode(
+        self, tokens: Tensor, ids_restore: Tensor, visible: Tensor | None = None, patch_mask: Tensor | None = None
+    ) -> Tensor:
+        """Visible tokens [B, 1 + K, D] and the shuffle's inverse int64[B, N] -> predicted patches [B, N, pt * pf]."""
+        decoder = self.decoder
+        if decoder is None:
+            raise RuntimeError("this AudioMAE has no decoder: it was loaded from an encoder saved for inference")
+        x = decoder.embed(tokens)
+        kept = x[:, 1:]
+        if visible is not None:
+            kept = torch.where(visible.unsqueeze(-1), kept, decoder.mask_token.to(kept.dtype))
+        batch, patches = ids_restore.shape
+        hidden = decoder.mask_token.to(x.dtype).expand(batch, patches - kept.shape[1], -1)
+        patch_tokens = _take(torch.cat([kept, hidden], dim=1), ids_restore)
+        bands = self.config.grid[1]
+        if self.config.decoder_positions == "1d":
+            embedded = _flat_positions(patches, x.shape[2], x.device)
+        else:
+            embedded = _grid_positions(patches // bands, bands, x.shape[2], x.device)
+        x = torch.cat([x[:, :1], patch_tokens + embedded], dim=1)
+        attn_mask = None if patch_mask is None else F.pad(patch_mask, (1, 0), value=True)[:, None, None]
+        for block in decoder.blocks:
+            x = block(x, attn_mask)
+        return decoder.pred(decoder.norm(x))[:, 1:]
+
+    def forward(
+        self,
+        x: Tensor,
+        mask_ratio: float | None = None,
+        mask_mode: MaskMode | None = None,
+        generator: torch.Generator | None = None,
+        frame_lengths: Tensor | None = None,
+    ) -> MAEOutput:
+        """One MAE step on log-mel [B, 1, T, F]: hide, encode what is visible, reconstruct, compare where hidden.
+
+        Args:
+            mask_ratio, mask_mode: None = the config's.
+            generator: of x's device, for a repeatable draw.
+            frame_lengths: int64[B]; padding is neither kept, nor attended to, nor reconstructed.
+        """
+        config = self.config
+        grid = self.grid(x.shape[2])
+        count = grid[0] * grid[1]
+        patch_mask = None if frame_lengths is None else self.patch_mask(frame_lengths.to(x.device), grid)
+        drawn = random_masking(
+            torch.ones(len(x), count, dtype=torch.bool, device=x.device) if patch_mask is None else patch_mask,
+            grid,
+            config.mask_ratio if mask_ratio is None else mask_ratio,
+            mask_mode or config.mask_mode,
+            generator,
+        )
+        visible = None if patch_mask is None else drawn.visible
+        encoded = self.encode(x, ids_keep=drawn.ids_keep, visible=visible)
+        pred = self.decode(encoded.tokens, drawn.ids_restore, visible, patch_mask)
+        target = self.patchify(x)
+        loss = mae_loss(pred, target, drawn.mask, config.norm_pix_loss)
+        return MAEOutput(
+            loss, pred, target, drawn.mask, encoded.tokens, encoded.token_mask, drawn.ids_keep, drawn.ids_restore
+        )
+
+    def _positions(
+        self, grid: tuple[int, int], frame_lengths: Tensor | None, positions: Positions, device: torch.device
+    ) -> Tensor:
+        """Sin-cos positions [1, N, D], or [B, N, D] when clips of different lengths are squeezed differently."""
+        steps, bands = grid
+        window = self.config.grid[0]
+        if positions == "extend" or steps <= window:
+            return _grid_positions(steps, bands, self.dim, device)
+        if frame_lengths is None:
+            return _grid_positions(steps, bands, self.dim, device, scale=window / steps)
+        scales = (window / self.step_counts(frame_lengths.to(device))).clamp(max=1.0)
+        times = torch.arange(steps, device=device) * scales[:, None]
+        time_half = _sincos(times, self.dim // 2)[:, :, None].expand(-1, -1, bands, -1)
+        mel_half = _sincos(torch.arange(bands, device=device), self.dim // 2).expand(len(scales), steps, -1, -1)
+        return torch.cat([mel_half, time_half], dim=-1).flatten(1, 2)
+
+
+def mae_loss(pred: Tensor, target: Tensor, mask: Tensor, norm_pix: bool) -> Tensor:
+    """Mean squared error over hidden patches: pred, target [B, N, P], mask [B, N] (1 = counts) -> scalar, in float32.
+
+    With `norm_pix` each target patch is normalised by its own mean and unbiased variance (He et al. 2022, section 4.2).
+    """
+    target = target.float()
+    if norm_pix:
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (var + 1e-6).sqrt()
+    error = (pred.float() - target).square().mean(-1)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _take(tokens: Tensor, ids: Tensor) -> Tensor:
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+
+
+def _sincos(positions: Tensor, dim: int) -> Tensor:
+    """Vaswani et al. 2017 positions, sines then cosines: any shape [...] -> [..., dim]."""
+    omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=positions.device) / (dim / 2))
+    angles = positions.double().unsqueeze(-1) * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the cache outlives the caller's mode
+def _grid_positions(steps: int, bands: int, dim: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    """2-D sin-cos [1, steps * bands, dim], time-major; the mel half comes first, as in MAE's code."""
+    times = _sincos(torch.arange(steps) * scale, dim // 2)[:, None].expand(-1, bands, -1)
+    mels = _sincos(torch.arange(bands), dim // 2)[None].expand(steps, -1, -1)
+    return torch.cat([mels, times], dim=-1).reshape(1, steps * bands, dim).to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _flat_positions(count: int, dim: int, device: torch.device) -> Tensor:
+    return _sincos(torch.arange(count), dim)[None].to(device)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

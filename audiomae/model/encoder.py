@@ -1,0 +1,427 @@
+"""AudioEncoder: waveforms in, unit vectors out. Features, backbone, pooling and projection as one saved thing.
+
+encoder = AudioEncoder.load("runs/first/encoder")
+vectors = encoder.embed(["dog.wav", "rain.ogg"])     # float32 [2, encoder.dim], unit length
+encoder.save("elsewhere")                            # config.json + model.safetensors
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from audiomae.config import ConfigError, StrictConfig, build_config
+from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, EncoderOutput
+from audiomae.model.chunking import encode_long
+from audiomae.model.features import FeatureConfig, LogMel
+from audiomae.model.pooling import Pooling, PoolingName
+from audiomae.model.text import SUBDIR as TEXT_SUBDIR
+from audiomae.model.text import TextConfig, TextTower
+from audiomae.storage import IntegrityError, copy_tree, fetch_dir, is_local, read_json, to_path, write_bytes, write_json
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+Clip = str | PathLike[str] | np.ndarray | Tensor
+
+
+class ProjectionConfig(StrictConfig):
+    """Head after pooling, where a contrastive objective or a shared audio-text space wants one.
+
+    `hidden` None = one linear layer; else linear, GELU, linear.
+    """
+
+    dim: int = Field(default=512, gt=0)
+    hidden: int | None = Field(default=None, gt=0)
+
+
+class EncoderConfig(StrictConfig):
+    """Everything that decides what vector a clip gets, but the weights.
+
+    Attributes:
+        long_input: what happens to clips longer than the backbone's window: `chunk` = window-long pieces, the tokens of
+            all pieces pooled together (as the official code); `interpolate` / `extend` = one sequence, positions
+            squeezed into the window / counted on.
+        attend_padding: fill a clip's last piece with zeros that take part in attention, as the official code does;
+            False masks them.
+        text: the text tower of a CLAP-trained encoder.
+    """
+
+    features: FeatureConfig = FeatureConfig()
+    backbone: AudioMAEConfig = AudioMAEConfig()
+    pooling: PoolingName = "mean"
+    projection: ProjectionConfig | None = None
+    long_input: Literal["chunk", "interpolate", "extend"] = "chunk"
+    attend_padding: bool = False
+    text: TextConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_mels(self) -> "EncoderConfig":
+        if self.features.out_mels != self.backbone.img_size[1]:
+            raise ValueError(
+                f"features give {self.features.out_mels} mel rows, backbone.img_size has {self.backbone.img_size[1]}: "
+                "make features.n_mels (or resize_mels) and backbone.img_size[1] equal"
+            )
+        if self.attend_padding and self.long_input != "chunk":
+            raise ValueError("attend_padding is defined for long_input=chunk only")
+        return self
+
+
+class AudioEncoder(nn.Module):
+    """Log-mel, backbone, pooling and projection. Build with `load` or `from_config`."""
+
+    def __init__(self, config: EncoderConfig, with_decoder: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.features = LogMel(config.features)
+        self.backbone = AudioMAE(config.backbone, decoder=with_decoder)
+        self.pooling = Pooling(config.pooling, self.backbone.dim, config.backbone.grid[1])
+        self.projection = _projection(self.pooling.out_dim, config.projection)
+        self.text_projection = nn.Linear(config.text.dim, self.dim) if config.text else None
+        self.compute_dtype = torch.float32
+        self._text_tower: TextTower | None = None
+        self._text_source: Path | None = None
+        self._known_fingerprint: tuple[int, str] | None = None
+
+    # --- make, save, load -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: EncoderConfig, seed: int = 0, with_decoder: bool = False) -> "AudioEncoder":
+        """An untrained encoder; the same seed gives the same weights. `with_decoder` for pretraining."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config, with_decoder).eval()
+
+    @classmethod
+    def load(
+        cls,
+        uri: str | PathLike[str],
+        device: str | torch.device = "auto",
+        dtype: str = "auto",
+        with_decoder: bool = False,
+    ) -> "AudioEncoder":
+        """Load an encoder, ready to embed (eval mode).
+
+        Args:
+            uri: an encoder directory, local or s3://; `official:PATH`; `timm:NAME`; `timm:local-dir:PATH`.
+            device: `auto` = CUDA when there is one.
+            dtype: `float32`, `bfloat16` (autocast), or `auto` = bfloat16 where the device computes it natively.
+            with_decoder: keep the MAE decoder, for further pretraining; it must have been saved.
+
+        Raises:
+            FileNotFoundError, ConfigError: no encoder there, or one that this version cannot read.
+            IntegrityError: the weights are not those that were saved.
+        """
+        text = str(uri)
+        if text.startswith(("official:", "timm:")):
+            from audiomae.model.pretrained import load_pretrained
+
+            encoder = load_pretrained(text, with_decoder=with_decoder)
+        else:
+            encoder = cls._load_dir(text, with_decoder)
+        chosen = _pick_device(device)
+        encoder.compute_dtype = _pick_dtype(dtype, chosen)
+        return encoder.to(chosen).eval()
+
+    @classmethod
+    def _load_dir(cls, uri: str, with_decoder: bool) -> "AudioEncoder":
+        path = to_path(uri)
+        if not (path / CONFIG_FILE).exists():
+            raise FileNotFoundError(
+                f"{uri}: no encoder here ({CONFIG_FILE} not found); expected a directory written by AudioEncoder.save, "
+                "or official:PATH, timm:NAME, timm:local-dir:PATH"
+            )
+        local = fetch_dir(path)
+        try:
+            saved = read_json(local / CONFIG_FILE)
+            config = build_config(EncoderConfig, saved.get("config", {}))
+            weights = load_file(local / WEIGHTS_FILE)
+            has_decoder = any(name.startswith("backbone.decoder.") for name in weights)
+            if with_decoder and not has_decoder:
+                raise ConfigError(f"{uri}: with_decoder=True, but the encoder was saved without its decoder")
+            if not with_decoder:
+                weights = {name: value for name, value in weights.items() if not name.startswith("backbone.decoder.")}
+            with torch.device("meta"):
+                encoder = cls(config, with_decoder)
+            encoder.features = LogMel(config.features)
+            encoder.load_state_dict(weights, assign=True)
+            encoder._check_fingerprint(uri, saved.get("fingerprint"))
+            if config.text:
+                if is_local(path):
+                    encoder._text_source = local / TEXT_SUBDIR
+                else:
+                    encoder._text_tower = TextTower(config.text, local / TEXT_SUBDIR)
+        finally:
+            if not is_local(path):
+                shutil.rmtree(local, ignore_errors=True)
+        return encoder
+
+    def save(self, directory: str | PathLike[str], with_decoder: bool = False) -> None:
+        """Write `config.json` and `model.safetensors` (and `text/` with a text tower) to a local or s3:// directory."""
+        target = to_path(directory)
+        weights = {
+            name: value.detach().cpu().contiguous()
+            for name, value in self.state_dict().items()
+            if with_decoder or not name.startswith("backbone.decoder.")
+        }
+        if self.config.text:
+            self._save_text(target / TEXT_SUBDIR)
+        write_bytes(target / WEIGHTS_FILE, to_safetensors(weights))
+        write_json(
+            target / CONFIG_FILE,
+            {
+                "config": self.config.model_dump(mode="json"),
+                "fingerprint": self.fingerprint,
+                "dim": self.dim,
+                "sample_rate": self.sample_rate,
+                "window_s": self.window_s,
+            },
+        )
+
+    # --- facts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz of the waveforms that `forward` and `embed` take."""
+        return self.config.features.sample_rate
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        return self.config.projection.dim if self.config.projection else self.pooling.out_dim
+
+    @property
+    def window_s(self) -> float:
+        """Seconds of audio in the backbone's window: what it was trained on at a time."""
+        return self.config.backbone.img_size[0] / self.config.features.frame_rate
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over weights, features, pooling and window: equal exactly when embeddings are comparable.
+
+        Neither device, compute dtype, decoder nor text tower enter. Kept until a weight changes.
+        """
+        stamp = sum(parameter._version for parameter in self.parameters())
+        if self._known_fingerprint is None or self._known_fingerprint[0] != stamp:
+            self._known_fingerprint = (stamp, self._hash())
+        return self._known_fingerprint[1]
+
+    def summary(self) -> dict[str, Any]:
+        """Parameters (of the encoder, in all), FLOPs of one window, window, dim, rate: what a reader asks first."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        window = torch.zeros(1, round(self.window_s * self.sample_rate), device=self.device)
+        counter = FlopCounterMode(display=False)
+        with torch.inference_mode(), counter:
+            self(window)
+        return {
+            "backbone": self.config.backbone.kind,
+            "pooling": self.config.pooling,
+            "parameters": sum(
+                p.numel() for name, p in self.named_parameters() if not name.startswith("backbone.decoder.")
+            ),
+            "flops_per_window": counter.get_total_flops(),
+            "window_s": self.window_s,
+            "sample_rate": self.sample_rate,
+            "dim": self.dim,
+            "fingerprint": self.fingerprint,
+            "text": self.config.text.model if self.config.text else None,
+        }
+
+    # --- sound to vectors -------------------------------------------------------------------------------------------
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Embed a padded batch; differentiable.
+
+        Args:
+            waveforms: float32 [B, S] at `sample_rate`, on the encoder's device.
+            lengths: int64[B] real samples per clip, best left on the CPU; None = all S.
+
+        Returns:
+            float32 [B, dim], unit length. A clip's vector does not depend on the batch it rides in.
+        """
+        with self.autocast():
+            return self.embed_spectrogram(*self.features(waveforms, lengths))
+
+    def embed_spectrogram(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
+        """As `forward`, from log-mel [B, 1, T, F] as `features` gives it."""
+        return F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
+
+    def pool_spectrogram(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
+        """Log-mel [B, 1, T, F] -> pooled float32 [B, D_out], before projection and normalisation."""
+        out = self.token_sequence(x, frame_lengths)
+        return self.pooling(out.tokens, out.token_mask if out.padded else None, out.cls_attention)
+
+    def token_sequence(self, x: Tensor, frame_lengths: Tensor | None = None) -> EncoderOutput:
+        """Log-mel [B, 1, T, F] -> `EncoderOutput` of whole clips of any length (chunked or as one sequence)."""
+        return encode_long(
+            self.backbone,
+            x,
+            frame_lengths,
+            self.config.long_input,
+            self.config.attend_padding,
+            self.pooling.needs_cls_attention,
+        )
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Projection head: [B, D_out] -> [B, dim]; the identity without one."""
+        return self.projection(pooled).float()
+
+    def head(self, tokens: Tensor, token_mask: Tensor | None = None, cls_attention: Tensor | None = None) -> Tensor:
+        """Tokens [B, 1 + K, D] (all, or an MAE step's visible ones) -> unit vectors [B, dim], for objectives."""
+        return F.normalize(self.project(self.pooling(tokens, token_mask, cls_attention)), dim=-1)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 autocast when the encoder was loaded so; else leaves the caller's precision alone."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    @torch.inference_mode()
+    def embed(self, clips: Sequence[Clip], batch_size: int = 32) -> np.ndarray:
+        """Whole clips -> float32 [B, dim], unit length, in the order given.
+
+        Args:
+            clips: paths (decoded and resampled), or mono float32[S] arrays already at `sample_rate`.
+
+        Raises:
+            ValueError: an empty, non-finite or multi-dimensional array.
+            audiomae.corpus.decode.DecodeError: a file that cannot be decoded.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            waveforms = [self._waveform(clip, position) for position, clip in enumerate(clips)]
+            vectors = np.zeros((len(waveforms), self.dim), np.float32)
+            order = sorted(range(len(waveforms)), key=lambda position: len(waveforms[position]))
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                lengths = torch.tensor([len(waveforms[row]) for row in rows])
+                batch = nn.utils.rnn.pad_sequence([waveforms[row] for row in rows], batch_first=True)
+                vectors[rows] = self(batch.to(self.device), lengths).cpu().numpy()
+            return vectors
+        finally:
+            self.train(was_training)
+
+    # --- text to vectors --------------------------------------------------------------------------------------------
+
+    @property
+    def has_text(self) -> bool:
+        """Whether `embed_text` works: the encoder was trained with a text tower."""
+        return self.config.text is not None
+
+    @property
+    def text_tower(self) -> TextTower:
+        """The frozen text model, loaded when first asked for."""
+        if self.config.text is None:
+            raise RuntimeError(
+                "this encoder has no text tower: text queries need an encoder trained with the clap_text loss"
+            )
+        if self._text_tower is None:
+            self._text_tower = TextTower(self.config.text, self._text_source)
+        return self._text_tower.to(self.device)
+
+    def project_text(self, hidden: Tensor) -> Tensor:
+        """Text tower output [B, text.dim] -> unit vectors [B, dim] in the audio space; differentiable."""
+        if self.text_projection is None:
+            raise RuntimeError("this encoder has no text tower: set EncoderConfig.text")
+        return F.normalize(self.text_projection(hidden).float(), dim=-1)
+
+    @torch.inference_mode()
+    def embed_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts -> float32 [B, dim], unit length, comparable with `embed`. RuntimeError when `has_text` is False."""
+        return self.project_text(self.text_tower.encode(texts)).cpu().numpy()
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _waveform(self, clip: Clip, position: int) -> Tensor:
+        if isinstance(clip, str | PathLike):
+            from audiomae.corpus.decode import decode
+
+            return torch.from_numpy(decode(Path(clip), self.sample_rate))
+        waveform = torch.as_tensor(clip).detach().float().cpu()
+        if waveform.dim() != 1 or len(waveform) == 0:
+            raise ValueError(
+                f"clip {position}: expected a mono array float32[S] with S > 0, got shape {list(waveform.shape)}: "
+                "average the channels, or give a path"
+            )
+        if not bool(torch.isfinite(waveform).all()):
+            raise ValueError(f"clip {position}: it has NaN or infinite samples: repair or drop it")
+        return waveform
+
+    def _save_text(self, target: Any) -> None:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.text_tower.save(folder)
+            copy_tree(folder, target)
+
+    def _hash(self) -> str:
+        config = self.config
+        settings = config.model_dump(
+            mode="json", include={"features", "pooling", "projection", "long_input", "attend_padding"}
+        )
+        settings["backbone"] = config.backbone.fingerprint_fields()
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            if name.startswith(("backbone.decoder.", "text_projection.")):
+                continue
+            array = value.detach().float().cpu().contiguous().numpy()
+            digest.update(f"{name}{array.shape}".encode())
+            digest.update(array.data)
+        return digest.hexdigest()
+
+    def _check_fingerprint(self, uri: str, expected: str | None) -> None:
+        got = self.fingerprint
+        if got != expected:
+            raise IntegrityError(
+                f"{uri}: the encoder's weights or config were changed after it was saved: fingerprint {got[:12]}..., "
+                f"expected {str(expected)[:12]}...: restore the directory or export the encoder again"
+            )
+
+
+def _projection(width: int, config: ProjectionConfig | None) -> nn.Module:
+    if config is None:
+        return nn.Identity()
+    if config.hidden is None:
+        return nn.Linear(width, config.dim)
+    return nn.Sequential(nn.Linear(width, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.dim))
+
+
+def _pick_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if _native_bfloat16(device) else torch.float32
+    try:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    except KeyError:
+        raise ValueError(f"dtype: expected auto, float32 or bfloat16, got {dtype!r}") from None
+
+
+def _native_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware: tensor cores, AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False

@@ -1,19 +1,21 @@
 """What a trained encoder has to beat: hand-made statistics of a clip, and the same encoder before it learnt anything.
 
-Every baseline maps samples to one vector; `span_vectors` applies several of them to one stretch of a file. On ESC-10
-(queries from one fold, gallery of the other four) MFCC statistics reach mAP 0.53 and R@1 0.78.
+Every baseline maps samples to one vector; `corpus_vectors` applies several of them to stretches of corpus files. On
+ESC-10 (queries from one fold, gallery of the other four) MFCC statistics reach mAP 0.53 and R@1 0.78.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import librosa
 import numpy as np
 import numpy.typing as npt
 
-from audiomae.corpus.decode import decode
+from audiomae.config import build_config
+from audiomae.corpus.decode import DecodeError, decode
 from audiomae.corpus.manifest import open_source
 
 SAMPLE_RATE = 16000
@@ -41,21 +43,57 @@ def logmel_statistics(samples: Samples) -> npt.NDArray[np.float32]:
     return _statistics(_log_mel(samples), with_range=False)
 
 
-STATISTICS: Mapping[str, Vectorizer] = {"MFCC statistics": mfcc_statistics, "log-mel mean/std": logmel_statistics}
+MFCC, LOGMEL, RANDOM = "MFCC statistics", "log-mel mean/std", "random-init encoder"
+BASELINES = {"mfcc": MFCC, "logmel": LOGMEL, "random": RANDOM}  # names for the command line -> names for the reader
+STATISTICS: Mapping[str, Vectorizer] = {MFCC: mfcc_statistics, LOGMEL: logmel_statistics}
 
 
-def span_vectors(
-    corpus_root: str, uri: str, start_s: float, end_s: float, vectorizers: Mapping[str, Vectorizer], sample_rate: int
-) -> dict[str, npt.NDArray[np.float32]]:
-    """One vector per name for the stretch ``[start_s, end_s]`` of a corpus file, decoded once at ``sample_rate``.
+def corpus_vectors(
+    corpus_root: str,
+    spans: Sequence[tuple[str, float, float]],
+    names: Sequence[str],
+    encoder_config: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> list[dict[str, npt.NDArray[np.float32]] | None]:
+    """The named baselines of some stretches of a corpus; what one Ray task of the evaluation computes.
 
-    Raises:
-        DecodeError: when the file cannot be read.
+    Args:
+        corpus_root: as an embedding folder names it.
+        spans: ``(uri, start_s, end_s)`` each.
+        names: values of ``BASELINES``.
+        encoder_config: of which ``RANDOM`` is an untrained copy with weights from ``seed``.
+
+    Returns one dict of vectors by name per span, None where the audio could not be read.
     """
-    samples = decode(
-        open_source(corpus_root, uri), sample_rate, start_s=start_s, duration_s=min(end_s - start_s, MAX_SPAN_S)
-    )
-    return {name: vectorize(samples) for name, vectorize in vectorizers.items()}
+    by_rate: dict[int, dict[str, Vectorizer]] = defaultdict(dict)
+    by_rate[SAMPLE_RATE] |= {name: STATISTICS[name] for name in names if name != RANDOM}
+    if RANDOM in names:
+        rate, embed = _untrained(encoder_config or {}, seed)
+        by_rate[rate][RANDOM] = embed
+    found: list[dict[str, npt.NDArray[np.float32]] | None] = []
+    for uri, start, end in spans:
+        try:
+            vectors: dict[str, npt.NDArray[np.float32]] = {}
+            for rate, vectorizers in by_rate.items():
+                samples = _read(corpus_root, uri, start, end, rate)
+                vectors |= {name: vectorize(samples) for name, vectorize in vectorizers.items()}
+            found.append(vectors)
+        except (DecodeError, OSError):
+            found.append(None)
+    return found
+
+
+def _untrained(encoder_config: Mapping[str, Any], seed: int) -> tuple[int, Vectorizer]:
+    """Sample rate and embedding function of an encoder with random weights."""
+    from audiomae.model.encoder import AudioEncoder, EncoderConfig
+
+    encoder = AudioEncoder.from_config(build_config(EncoderConfig, encoder_config), seed=seed)
+    return encoder.sample_rate, lambda samples: encoder.embed([samples])[0]
+
+
+def _read(corpus_root: str, uri: str, start_s: float, end_s: float, rate: int) -> Samples:
+    source = open_source(corpus_root, uri)
+    return decode(source, rate, start_s=start_s, duration_s=min(end_s - start_s, MAX_SPAN_S))
 
 
 def centred(vectors: npt.ArrayLike) -> npt.NDArray[np.float32]:

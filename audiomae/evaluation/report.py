@@ -14,6 +14,8 @@ import numpy.typing as npt
 import soundfile as sf
 from jinja2 import Environment
 
+from audiomae.corpus.decode import DecodeError, decode
+from audiomae.corpus.manifest import open_source
 from audiomae.evaluation import plots
 from audiomae.evaluation.runs import RunResult
 
@@ -66,6 +68,18 @@ def worst_queries(run: RunResult, read_span: ReadSpan, count: int, retrieved: in
         retrieved: how many of their nearest neighbours to show.
     """
     return [_worst(run, place, read_span, retrieved) for place in _worst_places(run, count)]
+
+
+def corpus_reader(corpus_root: str) -> ReadSpan:
+    """Reads stretches of corpus files at ``LISTENING_RATE``; None for a file that is gone or broken."""
+
+    def read(uri: str, start_s: float, end_s: float) -> Samples | None:
+        try:
+            return decode(open_source(corpus_root, uri), LISTENING_RATE, start_s=start_s, duration_s=end_s - start_s)
+        except (DecodeError, OSError):
+            return None
+
+    return read
 
 
 def render_report(

@@ -45,6 +45,17 @@ class LabelledRows:
         """What names a row in any run over the same corpus: uri and start."""
         return list(zip(self.uris.tolist(), np.round(self.spans[:, 0], 6).tolist(), strict=True))
 
+    def take(self, places: npt.NDArray[np.int64]) -> LabelledRows:
+        """Only these rows, in this order."""
+        return replace(
+            self,
+            vectors=self.vectors[places],
+            labels=self.labels[places],
+            groups=None if self.groups is None else self.groups[places],
+            uris=self.uris[places],
+            spans=self.spans[places],
+        )
+
     def with_vectors(self, name: str, vectors: npt.ArrayLike) -> LabelledRows:
         """The same rows as another encoder sees them: float[N, D']."""
         return replace(self, name=name, vectors=normalised(np.asarray(vectors, np.float32)))
@@ -99,14 +110,7 @@ def per_clip(rows: LabelledRows) -> LabelledRows:
     starts, ends = np.full(len(first), np.inf), np.full(len(first), -np.inf)
     np.minimum.at(starts, clip, rows.spans[:, 0])
     np.maximum.at(ends, clip, rows.spans[:, 1])
-    return replace(
-        rows,
-        vectors=normalised(sums),
-        labels=rows.labels[first],
-        groups=None if rows.groups is None else rows.groups[first],
-        uris=rows.uris[first],
-        spans=np.stack([starts, ends], axis=1),
-    )
+    return replace(rows.take(first), vectors=normalised(sums), spans=np.stack([starts, ends], axis=1))
 
 
 def shared_rows(first: Sequence[Any], second: Sequence[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from audiomae.evaluation.baselines import STATISTICS, centred, logmel_statistics, mfcc_statistics, span_vectors
+from audiomae.evaluation.baselines import (
+    BASELINES,
+    LOGMEL,
+    MFCC,
+    RANDOM,
+    centred,
+    corpus_vectors,
+    logmel_statistics,
+    mfcc_statistics,
+)
 from audiomae.evaluation.metrics import score_protocol, summarise
 
 RATE = 16000
@@ -38,21 +47,29 @@ def test_pitch_tells_tones_apart():
 def test_a_span_is_the_same_as_its_samples(tmp_path):
     samples = np.concatenate([tone(300), tone(2000), tone(700)])
     sf.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
-    found = span_vectors(str(tmp_path), "a.wav", 1.0, 2.0, STATISTICS, RATE)
-    assert set(found) == set(STATISTICS)
-    np.testing.assert_allclose(found["log-mel mean/std"], logmel_statistics(samples[RATE : 2 * RATE]), atol=1e-4)
+    spans = [("a.wav", 1.0, 2.0), ("gone.wav", 0.0, 1.0), ("a.wav", 0.0, 3.0)]
+    second, gone, whole = corpus_vectors(str(tmp_path), spans, [MFCC, LOGMEL])
+    assert gone is None and set(second) == {MFCC, LOGMEL}
+    np.testing.assert_allclose(second[LOGMEL], logmel_statistics(samples[RATE : 2 * RATE]), atol=1e-4)
+    np.testing.assert_allclose(whole[LOGMEL], logmel_statistics(samples), atol=1e-4)
+
+
+def test_the_untrained_encoder_is_one_of_them_and_seeded(tmp_path):
+    sf.write(tmp_path / "a.wav", tone(300), RATE)
+    config = {"backbone": {"size": "debug"}}
+    one, same, other = (corpus_vectors(str(tmp_path), [("a.wav", 0, 1)], [RANDOM], config, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one[0][RANDOM], same[0][RANDOM])
+    assert np.abs(one[0][RANDOM] - other[0][RANDOM]).max() > 0.01
+    assert set(BASELINES.values()) == {MFCC, LOGMEL, RANDOM}
 
 
 @pytest.mark.slow
 def test_mfcc_statistics_stand_at_the_anchor_on_real_audio(esc10: Path):
     files = sorted(esc10.glob("*/*.ogg"))
-    vectors = [
-        span_vectors(str(esc10), str(f.relative_to(esc10)), 0.0, 5.0, {"mfcc": mfcc_statistics}, RATE)["mfcc"]
-        for f in files
-    ]
-    result = summarise(
-        score_protocol(centred(vectors), [f.parent.name for f in files], groups=[f.name[0] for f in files])
-    )
+    found = corpus_vectors(str(esc10), [(str(f.relative_to(esc10)), 0.0, 5.0) for f in files], [MFCC])
+    vectors = centred([vectors[MFCC] for vectors in found])
+    labels, folds = [f.parent.name for f in files], [f.name[0] for f in files]
+    result = summarise(score_protocol(vectors, labels, groups=folds))
     # measured elsewhere on this data and protocol: 0.523 / 0.743
     assert result["mAP"] == pytest.approx(0.523, abs=0.03)
     assert result["R@1"] == pytest.approx(0.743, abs=0.05)

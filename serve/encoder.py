@@ -1,0 +1,100 @@
+"""The encoder deployment: windows of sound in, unit vectors out, batched across requests."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve
+
+from audiomae import storage
+from audiomae.model.encoder import AudioEncoder
+from audiomae.search import release as releases
+from audiomae.storage import IntegrityError
+from serve.schema import ServeArgs
+from serve.versions import VersionCache
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What a caller must know to prepare windows for an encoder: rate in Hz, window in seconds, vector length."""
+
+    fingerprint: str
+    sample_rate: int
+    window_s: float
+    dim: int
+    has_text: bool
+    device: str
+
+
+class Encoder:
+    """Holds the encoder of the serving release (two of them while releases are being swapped).
+
+    Every call names its release, so a query is always encoded by the encoder its index was built with.
+    """
+
+    def __init__(self, args: ServeArgs, version: str) -> None:
+        torch.set_num_threads(args.encoder_threads or os.cpu_count() or 1)
+        self._args = args
+        self._encoders: VersionCache[AudioEncoder] = VersionCache(self._open)
+        queue: Any = self._encode_batch  # @serve.batch gives the method these two setters
+        queue.set_max_batch_size(args.max_batch_size)
+        queue.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
+        self._encoders.get(version)
+
+    def load(self, version: str) -> EncoderInfo:
+        """Make the encoder of release `version` ready and describe it.
+
+        Raises:
+            IntegrityError: when the release's encoder is not the one that made its vectors.
+        """
+        encoder = self._encoders.get(version)
+        return EncoderInfo(
+            fingerprint=encoder.fingerprint,
+            sample_rate=encoder.sample_rate,
+            window_s=encoder.window_s,
+            dim=encoder.dim,
+            has_text=encoder.has_text,
+            device=str(encoder.device),
+        )
+
+    async def encode(self, version: str, windows: Sequence[np.ndarray]) -> np.ndarray:
+        """Unit vectors float32[W, dim] of W windows, each float32[S] mono at the encoder's sample rate."""
+        return np.stack(await asyncio.gather(*(self._encode_batch((version, window)) for window in windows)))
+
+    def encode_text(self, version: str, texts: list[str]) -> np.ndarray:
+        """Unit vectors float32[T, dim] of texts; only for encoders with a text tower."""
+        return self._encoders.get(version).embed_text(texts)
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)
+    async def _encode_batch(self, jobs: list[tuple[str, np.ndarray]]) -> list[np.ndarray]:
+        return await asyncio.to_thread(self._encode_jobs, jobs)
+
+    def _encode_jobs(self, jobs: list[tuple[str, np.ndarray]]) -> list[np.ndarray]:
+        vectors: dict[int, np.ndarray] = {}
+        for version in {version for version, _ in jobs}:
+            rows = [row for row, job in enumerate(jobs) if job[0] == version]
+            embedded = self._encoders.get(version).embed([jobs[row][1] for row in rows], batch_size=len(rows))
+            vectors.update(zip(rows, embedded, strict=True))
+        return [vectors[row] for row in range(len(jobs))]
+
+    def _open(self, version: str) -> AudioEncoder:
+        release = releases.resolve(self._args.index, version)
+        encoder = AudioEncoder.load(str(checked_encoder_dir(release)), device=self._args.device, dtype=self._args.dtype)
+        if encoder.fingerprint != release.fingerprint:
+            raise IntegrityError(
+                f"release {release.version}: its encoder has fingerprint {encoder.fingerprint}, but the index holds "
+                f"vectors of {release.fingerprint}; publish the release again with the encoder that embedded it"
+            )
+        return encoder
+
+
+def checked_encoder_dir(release: releases.Release) -> Path:
+    """The release's encoder on a local disk, its checksums checked; the index files are left where they are."""
+    own = {name: digest for name, digest in release.info["checksums"].items() if name.startswith("encoder/")}
+    releases.verify(replace(release, info={**release.info, "checksums": own}))
+    return storage.fetch_dir(str(release.path / "encoder"))

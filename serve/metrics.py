@@ -1,0 +1,117 @@
+"""Prometheus metrics of every replica of the API, gathered into one page.
+
+A scrape reaches one replica; it asks its siblings, and each sample carries its replica's name, so that sums and rates
+over `replica` are right. Ray's own metrics (queue lengths, batch sizes, replica counts) are on the port that
+`ray start --metrics-export-port` names.
+"""
+
+import time
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+class ApiMetrics:
+    """Counters and histograms of one API replica."""
+
+    def __init__(self, replica: str) -> None:
+        self.registry = CollectorRegistry()
+        self._replica = replica
+        self._requests = Counter(
+            "audiomae_requests",
+            "Requests by route and status.",
+            ("replica", "method", "route", "status"),
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "audiomae_request_seconds",
+            "Time from the first byte to the last.",
+            ("replica", "route"),
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self._stages = Histogram(
+            "audiomae_stage_seconds",
+            "Time in decode, encode and search.",
+            ("replica", "stage"),
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self._release = Gauge(
+            "audiomae_release_rows",
+            "Rows of the release being served.",
+            ("replica", "version", "fingerprint"),
+            registry=self.registry,
+        )
+
+    def request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one answered request."""
+        self._requests.labels(self._replica, method, route, str(status)).inc()
+        self._seconds.labels(self._replica, route).observe(seconds)
+
+    def stages(self, milliseconds: dict[str, float]) -> None:
+        """Record where a query's time went."""
+        for stage, value in milliseconds.items():
+            if value and stage != "total":
+                self._stages.labels(self._replica, stage).observe(value / 1000)
+
+    def serving(self, version: str, fingerprint: str, rows: int) -> None:
+        """Record which release is being served."""
+        self._release.clear()
+        self._release.labels(self._replica, version, fingerprint).set(rows)
+
+    def text(self) -> str:
+        """This replica's metrics in the Prometheus text format."""
+        return generate_latest(self.registry).decode()
+
+
+class CountRequests:
+    """ASGI middleware that times every request and leaves its start in `request.state.started`."""
+
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        scope["state"] = {**scope.get("state", {}), "started": started}
+        status = 500
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.request(scope["method"], route, status, time.perf_counter() - started)
+
+
+def merge(texts: Iterable[str]) -> bytes:
+    """Several replicas' metrics as one page: each family once, with the samples of all."""
+    families: dict[str, Metric] = {}
+    for text in texts:
+        for family in text_string_to_metric_families(text):
+            known = families.setdefault(family.name, family)
+            if known is not family:
+                known.samples.extend(family.samples)
+    registry = CollectorRegistry()
+    registry.register(_Collected(list(families.values())))
+    return generate_latest(registry)
+
+
+class _Collected:
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families

@@ -1,0 +1,83 @@
+"""A small published release to serve, made without the jobs: an untrained encoder, a dozen sounds, their vectors."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import soundfile
+
+from audiomae.corpus.manifest import clip_id
+from audiomae.model.audiomae import AudioMAEConfig
+from audiomae.model.encoder import AudioEncoder, EncoderConfig
+from audiomae.search import index as faiss_index
+from audiomae.search import release as releases
+from audiomae.search.items import ItemsWriter
+
+RATE = 16_000
+CLASSES = ("chirp", "clicks", "noise", "tone")
+CLIPS_PER_CLASS = 3
+WINDOW_S = 2.0
+
+
+def sound(label: str, variant: int, seconds: float = 2.0, rate: int = RATE) -> np.ndarray:
+    """float32[S] of one class; variants differ in pitch, rate and noise."""
+    time = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(variant).normal(0, 1, len(time))
+    pitch = 300 * 1.3**variant
+    clean = {
+        "chirp": np.sin(2 * np.pi * (pitch * time + 400 * time**2)),
+        "clicks": ((time * (4 + variant)) % 1 < 0.01).astype(float),
+        "noise": noise / 4,
+        "tone": np.sin(2 * np.pi * pitch * time) * (0.6 + 0.4 * np.sin(2 * np.pi * 5 * time)),
+    }[label]
+    return (0.5 * clean + 0.002 * noise).astype(np.float32)
+
+
+def make_corpus(directory: Path) -> Path:
+    """`<class>/<variant>.wav` for every class."""
+    for label in CLASSES:
+        (directory / label).mkdir(parents=True)
+        for variant in range(CLIPS_PER_CLASS):
+            soundfile.write(directory / label / f"{variant}.wav", sound(label, variant), RATE)
+    return directory
+
+
+def make_encoder(seed: int = 0) -> AudioEncoder:
+    """An untrained encoder of the smallest kind."""
+    return AudioEncoder.from_config(EncoderConfig(backbone=AudioMAEConfig(size="debug")), seed=seed)
+
+
+def publish_release(index_dir: Path, corpus: Path, encoder: AudioEncoder, staging: Path) -> releases.Release:
+    """Embed `corpus` with `encoder` and publish it as the next version of `index_dir`."""
+    staging.mkdir()
+    files = sorted(corpus.glob("*/*.wav"))
+    uris = [str(file.relative_to(corpus)) for file in files]
+    rows = faiss_index.to_rows(encoder.embed([str(file) for file in files]))
+    spec = faiss_index.choose(len(rows), encoder.dim)
+    faiss_index.write_row_store(iter([rows]), encoder.dim, staging / faiss_index.VECTORS_FILE)
+    ids = np.array([clip_id(uri, 0.0, WINDOW_S) for uri in uris])
+    np.save(staging / faiss_index.IDS_FILE, ids)
+    np.save(staging / faiss_index.DELETED_FILE, np.empty(0, np.int64))
+    table = pa.table(
+        {
+            "id": ids,
+            "uri": uris,
+            "start_s": np.zeros(len(uris)),
+            "end_s": np.full(len(uris), WINDOW_S),
+            "label": [uri.partition("/")[0] for uri in uris],
+            "take": [int(Path(uri).stem) for uri in uris],
+            "corpus": np.zeros(len(uris), np.int64),
+        }
+    )
+    with ItemsWriter(staging, table.schema) as writer:
+        writer.write(table)
+    encoder.save(staging / "encoder")
+    info = {
+        "spec": spec.model_dump(),
+        "fingerprint": encoder.fingerprint,
+        "rows": len(rows),
+        "dim": encoder.dim,
+        "corpora": [{"root": str(corpus), "window_s": WINDOW_S}],
+    }
+    parent = releases.resolve(index_dir) if (index_dir / "history").exists() else None
+    return releases.publish(index_dir, staging, info, parent)

@@ -84,8 +84,8 @@ def choose(
     )
 
 
-def to_rows(vectors: np.ndarray) -> np.ndarray:
-    """Vectors as the row store keeps them: L2-normalised float16[N, D].
+def to_rows(vectors: np.ndarray, source: str = "embeddings") -> np.ndarray:
+    """Vectors as the row store keeps them: L2-normalised float16[N, D]. `source` names them in errors.
 
     Raises:
         IntegrityError: a vector with NaN, infinity or no length, with its row.
@@ -95,8 +95,8 @@ def to_rows(vectors: np.ndarray) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] < 1e-6))
     if len(bad):
         raise IntegrityError(
-            f"embedding in row {bad[0]} has length {norms[bad[0], 0]}, expected a finite unit vector ({len(bad)} of "
-            f"{len(vectors)} rows): embed the corpus again"
+            f"{source}: the vector in row {bad[0]} has length {norms[bad[0], 0]}, expected a finite unit vector "
+            f"({len(bad)} of {len(vectors)} rows): embed the corpus again"
         )
     return (vectors / norms).astype(np.float16)
 
@@ -145,6 +145,12 @@ def write_row_store(blocks: Iterator[np.ndarray], dim: int, out: Path) -> int:
     return int(store.ntotal)
 
 
+def read_rows(directory: Path, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop` of a release's row store, float16[n, D], in memory."""
+    store = read_index(directory / VECTORS_FILE, mapped=True)
+    return _codes(store)[start:stop].copy()
+
+
 def read_index(path: Path, mapped: bool = False) -> Any:
     """Read a FAISS file whose checksum was verified; what it may allocate is bounded by its size."""
     limit = 10 * os.path.getsize(path) + (1 << 20)
@@ -157,6 +163,12 @@ def read_index(path: Path, mapped: bool = False) -> Any:
             raise IntegrityError(f"{path}: not a readable index: {error}; build the index again") from None
         finally:
             faiss.set_deserialization_vector_byte_limit(before)
+
+
+def _codes(store: Any) -> np.ndarray:
+    """The row store's vectors, float16[N, D], without a copy: valid as long as `store` lives."""
+    codes: np.ndarray = faiss.rev_swig_ptr(store.codes.data(), store.codes.size())
+    return codes.view(np.float16).reshape(store.ntotal, store.d)
 
 
 @contextmanager
@@ -194,15 +206,14 @@ class Searcher:
     def __init__(self, directory: Path, spec: IndexSpec) -> None:
         self.spec = spec
         self._store = read_index(directory / VECTORS_FILE, mapped=True)
-        self._index = read_index(directory / INDEX_FILE) if spec.kind == "ivf" else None
+        self._index: Any = read_index(directory / INDEX_FILE) if spec.kind == "ivf" else None
         self.num_rows, self.dim = int(self._store.ntotal), int(self._store.d)
         if self._index is not None and (self._index.ntotal, self._index.d) != (self.num_rows, self.dim):
             raise IntegrityError(
                 f"{directory}: index of {self._index.ntotal} x {self._index.d} beside a row store of "
                 f"{self.num_rows} x {self.dim}: build the index again"
             )
-        codes = faiss.rev_swig_ptr(self._store.codes.data(), self._store.codes.size())
-        self.rows: np.ndarray = codes.view(np.float16).reshape(self.num_rows, self.dim)
+        self.rows = _codes(self._store)
 
     def search(
         self, queries: np.ndarray, k: int, selection: Selection | None = None, spec: IndexSpec | None = None
@@ -276,7 +287,7 @@ class AudioIndex:
 
     def __init__(self, release: releases.Release) -> None:
         self.release = release
-        self._directory = Path(release.path)
+        self._directory = Path(str(release.path))
         info = release.info
         self.spec = IndexSpec(**info["spec"])
         self._searcher = Searcher(self._directory, self.spec)

@@ -1,7 +1,7 @@
 """The items table of a release: one row per indexed vector, in the same order, with everything known about it.
 
-`items.parquet` is for people and other tools; `items.arrow` is the same table as uncompressed Arrow IPC, which is mapped
-rather than read: opening takes no time or memory whatever its size, and several processes share the pages.
+`items.parquet` is for people and other tools; `items.arrow` is the same table as uncompressed Arrow IPC, which is
+mapped rather than read: opening takes no time or memory whatever its size, and several processes share the pages.
 """
 
 from collections.abc import Mapping, Sequence

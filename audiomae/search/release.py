@@ -19,8 +19,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from audiomae.storage import IntegrityError
 
 FORMAT = 1
 RELEASE_FILE = "release.json"
+STAGING_PREFIX = ".staging-"
 STALE_CLAIM_S = 24 * 3600.0
 _VERSION = re.compile(r"v(\d{6})")
 
@@ -105,6 +107,20 @@ def publish(
     return Release(target, content, sequence, storage.sha256_bytes(data))
 
 
+@contextmanager
+def staging(index_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """A local directory to prepare a release in, beside a local INDEX so that publishing renames; removed after."""
+    root = storage.to_path(index_dir)
+    local = storage.is_local(root)
+    if local:
+        root.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=str(root) if local else None))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def resolve(index_dir: str | os.PathLike[str], version: str = "latest") -> Release:
     """The release in force, or a named one; `index_dir` may also be one release directory itself.
 
@@ -130,6 +146,12 @@ def resolve(index_dir: str | os.PathLike[str], version: str = "latest") -> Relea
     if not (path / RELEASE_FILE).exists():
         raise UserError(f"version {entry['version']} of {root} was removed (gc): name a newer one, or 'latest'")
     return Release(path, _read_info(path), number, entry["release_sha256"])
+
+
+def resolve_or_none(index_dir: str | os.PathLike[str]) -> Release | None:
+    """The release in force, or None where nothing was published yet."""
+    root = storage.to_path(index_dir)
+    return resolve(root) if _history(root) else None
 
 
 def verify(release: Release) -> None:
@@ -217,6 +239,10 @@ def gc(index_dir: str | os.PathLike[str], keep: int = 2) -> list[str]:
             continue  # a build that may still be running
         _remove(path)
         removed.append(path.name)
+    for path in root.glob(f"{STAGING_PREFIX}*"):
+        if time.time() - path.stat().st_mtime > STALE_CLAIM_S:
+            _remove(path)
+            removed.append(path.name)
     return removed
 
 

@@ -185,14 +185,7 @@ class MacaronBlock(nn.Module):
 
     def cls_attention(self, x: Tensor, patch_mask: Tensor) -> Tensor:
         """Attention of token 0 to the patches, for this block's input x [B, 1 + N, D] -> [B, N], rows sum to 1."""
-        x = self.norm2(x + 0.5 * self.ffn1(self.norm1(x)))
-        batch, tokens, dim = x.shape
-        weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
-        query = F.linear(x[:, 0], weight[:dim], bias[:dim]).view(batch, self.attn.num_heads, 1, -1)
-        keys = F.linear(x[:, 1:], weight[dim : 2 * dim], bias[dim : 2 * dim])
-        keys = keys.view(batch, tokens - 1, self.attn.num_heads, -1).permute(0, 2, 3, 1)
-        scores = ((query @ keys) * self.attn.scale).squeeze(2).float()
-        return scores.masked_fill(~patch_mask[:, None], float("-inf")).softmax(-1).mean(1)
+        return cls_attention(self.attn, self.norm2(x + 0.5 * self.ffn1(self.norm1(x))), patch_mask)
 
 
 class Decoder(nn.Module):
@@ -296,12 +289,13 @@ class AudioMAE(nn.Module):
         else:
             token_mask = F.pad(patch_mask, (1, 0), value=True)
             attn_mask = token_mask[:, None, None]
-        cls_attention = None
-        for index, block in enumerate(self.blocks):
-            if want_cls_attention and index == len(self.blocks) - 1:
-                cls_attention = block.cls_attention(tokens, token_mask[:, 1:])
+        scores = None
+        for block in self.blocks:
+            if want_cls_attention and block is self.blocks[-1]:
+                assert isinstance(block, MacaronBlock)
+                scores = block.cls_attention(tokens, token_mask[:, 1:])
             tokens = block(tokens, attn_mask)
-        return EncoderOutput(self.norm(tokens), token_mask, grid, cls_attention, padded=patch_mask is not None)
+        return EncoderOutput(self.norm(tokens), token_mask, grid, scores, padded=patch_mask is not None)
 
     def patch_mask(self, frame_lengths: Tensor, grid: tuple[int, int]) -> Tensor:
         """bool [B, Nt * Nf]: True for the patches of the time steps that each clip has."""
@@ -324,9 +318,9 @@ class AudioMAE(nn.Module):
         patch_tokens = _take(torch.cat([kept, hidden], dim=1), ids_restore)
         bands = self.config.grid[1]
         if self.config.decoder_positions == "1d":
-            embedded = _flat_positions(patches, x.shape[2], x.device)
+            embedded = flat_positions(patches, x.shape[2], x.device)
         else:
-            embedded = _grid_positions(patches // bands, bands, x.shape[2], x.device)
+            embedded = grid_positions(patches // bands, bands, x.shape[2], x.device)
         x = torch.cat([x[:, :1], patch_tokens + embedded], dim=1)
         attn_mask = None if patch_mask is None else F.pad(patch_mask, (1, 0), value=True)[:, None, None]
         for block in decoder.blocks:
@@ -375,9 +369,9 @@ class AudioMAE(nn.Module):
         steps, bands = grid
         window = self.config.grid[0]
         if positions == "extend" or steps <= window:
-            return _grid_positions(steps, bands, self.dim, device)
+            return grid_positions(steps, bands, self.dim, device)
         if frame_lengths is None:
-            return _grid_positions(steps, bands, self.dim, device, scale=window / steps)
+            return grid_positions(steps, bands, self.dim, device, scale=window / steps)
         scales = (window / self.step_counts(frame_lengths.to(device))).clamp(max=1.0)
         times = torch.arange(steps, device=device) * scales[:, None]
         time_half = _sincos(times, self.dim // 2)[:, :, None].expand(-1, -1, bands, -1)
@@ -398,6 +392,21 @@ def mae_loss(pred: Tensor, target: Tensor, mask: Tensor, norm_pix: bool) -> Tens
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
 
+def cls_attention(attn: Attention, x: Tensor, patch_mask: Tensor, prefix: int = 1) -> Tensor:
+    """How much token 0 attends to each patch, mean over heads: attention input x [B, prefix + N, D] -> float32 [B, N].
+
+    Only the cls query is computed; the softmax runs over a clip's real patches, so its row sums to 1.
+    """
+    batch, tokens, dim = x.shape
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    query = F.linear(x[:, 0], weight[:dim], None if bias is None else bias[:dim])
+    keys = F.linear(x[:, prefix:], weight[dim : 2 * dim], None if bias is None else bias[dim : 2 * dim])
+    query = attn.q_norm(query.view(batch, attn.num_heads, 1, -1))
+    keys = attn.k_norm(keys.view(batch, tokens - prefix, attn.num_heads, -1).transpose(1, 2))
+    scores = ((query @ keys.transpose(2, 3)) * attn.scale).squeeze(2).float()
+    return scores.masked_fill(~patch_mask[:, None], float("-inf")).softmax(-1).mean(1)
+
+
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
@@ -411,7 +420,7 @@ def _sincos(positions: Tensor, dim: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # the cache outlives the caller's mode
-def _grid_positions(steps: int, bands: int, dim: int, device: torch.device, scale: float = 1.0) -> Tensor:
+def grid_positions(steps: int, bands: int, dim: int, device: torch.device, scale: float = 1.0) -> Tensor:
     """2-D sin-cos [1, steps * bands, dim], time-major; the mel half comes first, as in MAE's code."""
     times = _sincos(torch.arange(steps) * scale, dim // 2)[:, None].expand(-1, bands, -1)
     mels = _sincos(torch.arange(bands), dim // 2)[None].expand(steps, -1, -1)
@@ -420,7 +429,7 @@ def _grid_positions(steps: int, bands: int, dim: int, device: torch.device, scal
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _flat_positions(count: int, dim: int, device: torch.device) -> Tensor:
+def flat_positions(count: int, dim: int, device: torch.device) -> Tensor:
     return _sincos(torch.arange(count), dim)[None].to(device)
 
 

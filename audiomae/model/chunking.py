@@ -43,7 +43,8 @@ def encode_long(
     x: Tensor,
     frame_lengths: Tensor | None = None,
     long_input: str = "chunk",
-    attend_padding: bool = False,
+    official_windows: bool = False,
+    official_order: bool = False,
     want_cls_attention: bool = False,
 ) -> EncoderOutput:
     """Tokens of whole clips.
@@ -55,7 +56,9 @@ def encode_long(
     Args:
         x: log-mel [B, 1, T, F], zero past each clip's frames.
         frame_lengths: int64[B], best on the CPU; None = all T.
-        attend_padding: fill rests with zeros to the whole window and let them take part in attention.
+        official_windows: fill rests with zeros to the whole window and let them take part in attention.
+        official_order: with `official_windows`, read each window's tokens, which are time-major, as if they were
+            band-major, as the official code does before it lines up the bands of a time step.
 
     Returns:
         EncoderOutput with tokens [B, 1 + N, D] over whole clips, time-major.
@@ -63,11 +66,11 @@ def encode_long(
     window = backbone.config.img_size[0]
     frames = x.shape[2]
     lengths = torch.full((x.shape[0],), frames) if frame_lengths is None else frame_lengths.to("cpu").clamp(max=frames)
-    if long_input != "chunk" or (frames <= window and not attend_padding):
+    if long_input != "chunk" or (frames <= window and not official_windows):
         positions: Positions = "interpolate" if long_input == "interpolate" else "extend"
         return _encode(backbone, x, lengths, positions, want_cls_attention)
     whole, rest = lengths // window, lengths % window
-    if attend_padding:
+    if official_windows:
         whole, rest = -(-lengths // window), torch.zeros_like(lengths)
     pieces = F.pad(x, (0, 0, 0, -frames % window)).unflatten(2, (-1, window)).squeeze(1)  # [B, C, window, F]
     outputs = []
@@ -81,10 +84,19 @@ def encode_long(
     if len(owners):
         tails = pieces[owners.to(x.device), whole[owners].to(x.device), : int(rest.max())].unsqueeze(1)
         outputs.append(_encode(backbone, tails, rest[owners], "extend", want_cls_attention))
-    layout = _Layout(backbone.config.grid, whole, backbone.step_counts(lengths) if attend_padding else None)
-    if not attend_padding:
+    if official_order:
+        outputs = [out._replace(tokens=_as_if_band_major(out.tokens, backbone.config.grid)) for out in outputs]
+    layout = _Layout(backbone.config.grid, whole, backbone.step_counts(lengths) if official_windows else None)
+    if not official_windows:
         layout.add_rests(owners, backbone.step_counts(rest[owners]))
     return layout.assemble(outputs)
+
+
+def _as_if_band_major(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Time-major tokens [P, 1 + Nt * Nf, D], reordered as the official `forward_features` reads them."""
+    steps, bands = grid
+    patches = tokens[:, 1:].unflatten(1, (bands, steps)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([tokens[:, :1], patches], dim=1)
 
 
 class _Layout:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from audiomae.model.features import FeatureConfig, LogMel
 from audiomae.model.pooling import Pooling, PoolingName
 from audiomae.model.text import SUBDIR as TEXT_SUBDIR
 from audiomae.model.text import TextConfig, TextTower
+from audiomae.model.vit import SpectrogramViT, SpectrogramViTConfig
 from audiomae.storage import IntegrityError, copy_tree, fetch_dir, is_local, read_json, to_path, write_bytes, write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -45,6 +46,9 @@ class ProjectionConfig(StrictConfig):
     hidden: int | None = Field(default=None, gt=0)
 
 
+BackboneConfig = Annotated[AudioMAEConfig | SpectrogramViTConfig, Field(discriminator="kind")]
+
+
 class EncoderConfig(StrictConfig):
     """Everything that decides what vector a clip gets, but the weights.
 
@@ -52,18 +56,27 @@ class EncoderConfig(StrictConfig):
         long_input: what happens to clips longer than the backbone's window: `chunk` = window-long pieces, the tokens of
             all pieces pooled together (as the official code); `interpolate` / `extend` = one sequence, positions
             squeezed into the window / counted on.
-        attend_padding: fill a clip's last piece with zeros that take part in attention, as the official code does;
-            False masks them.
+        official_windows: what the official HEAR code does to windows: a clip's last piece is filled with zeros that
+            take part in attention, and `freq_concat` and timestamps read a window's time-major tokens as if they were
+            band-major (so they concatenate five stretches of time rather than bands). False masks and sorts properly.
         text: the text tower of a CLAP-trained encoder.
     """
 
     features: FeatureConfig = FeatureConfig()
-    backbone: AudioMAEConfig = AudioMAEConfig()
+    backbone: BackboneConfig = AudioMAEConfig()
     pooling: PoolingName = "mean"
     projection: ProjectionConfig | None = None
     long_input: Literal["chunk", "interpolate", "extend"] = "chunk"
-    attend_padding: bool = False
+    official_windows: bool = False
     text: TextConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kind(cls, values: Any) -> Any:
+        """`backbone.size=tiny` alone means an AudioMAE."""
+        if isinstance(values, dict) and isinstance(values.get("backbone"), dict):
+            return {**values, "backbone": {"kind": "audiomae", **values["backbone"]}}
+        return values
 
     @model_validator(mode="after")
     def _check_mels(self) -> "EncoderConfig":
@@ -72,8 +85,10 @@ class EncoderConfig(StrictConfig):
                 f"features give {self.features.out_mels} mel rows, backbone.img_size has {self.backbone.img_size[1]}: "
                 "make features.n_mels (or resize_mels) and backbone.img_size[1] equal"
             )
-        if self.attend_padding and self.long_input != "chunk":
-            raise ValueError("attend_padding is defined for long_input=chunk only")
+        if self.official_windows and self.long_input != "chunk":
+            raise ValueError("official_windows: is defined for long_input=chunk only")
+        if self.backbone.kind == "timm" and self.long_input == "extend":
+            raise ValueError("long_input=extend: a timm ViT has learned positions; choose chunk or interpolate")
         return self
 
 
@@ -84,7 +99,7 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.features = LogMel(config.features)
-        self.backbone = AudioMAE(config.backbone, decoder=with_decoder)
+        self.backbone = _backbone(config.backbone, with_decoder)
         self.pooling = Pooling(config.pooling, self.backbone.dim, config.backbone.grid[1])
         self.projection = _projection(self.pooling.out_dim, config.projection)
         self.text_projection = nn.Linear(config.text.dim, self.dim) if config.text else None
@@ -132,6 +147,18 @@ class AudioEncoder(nn.Module):
         chosen = _pick_device(device)
         encoder.compute_dtype = _pick_dtype(dtype, chosen)
         return encoder.to(chosen).eval()
+
+    def with_pooling(self, pooling: PoolingName) -> "AudioEncoder":
+        """A new encoder, the same weights pooled in another way; ValueError if a projection was trained on this one."""
+        if self.config.projection or self.config.text:
+            raise ValueError(
+                "with_pooling: the projection was trained on the present pooling; train another one instead"
+            )
+        config = self.config.model_copy(update={"pooling": pooling})
+        encoder = AudioEncoder.from_config(config, with_decoder=getattr(self.backbone, "decoder", None) is not None)
+        encoder.backbone.load_state_dict(self.backbone.state_dict())
+        encoder.compute_dtype = self.compute_dtype
+        return encoder.to(self.device)
 
     @classmethod
     def _load_dir(cls, uri: str, with_decoder: bool) -> "AudioEncoder":
@@ -199,6 +226,16 @@ class AudioEncoder(nn.Module):
     def dim(self) -> int:
         """Length of an embedding."""
         return self.config.projection.dim if self.config.projection else self.pooling.out_dim
+
+    @property
+    def scene_embedding_size(self) -> int:
+        """Length of a HEAR scene embedding: pooled tokens, before projection."""
+        return self.pooling.out_dim
+
+    @property
+    def timestamp_embedding_size(self) -> int:
+        """Length of a HEAR timestamp embedding: all bands of one time step."""
+        return self.backbone.dim * self.pooling.bands
 
     @property
     def window_s(self) -> float:
@@ -274,7 +311,8 @@ class AudioEncoder(nn.Module):
             x,
             frame_lengths,
             self.config.long_input,
-            self.config.attend_padding,
+            self.config.official_windows,
+            self.config.official_windows and self.pooling.name == "freq_concat",
             self.pooling.needs_cls_attention,
         )
 
@@ -374,7 +412,7 @@ class AudioEncoder(nn.Module):
     def _hash(self) -> str:
         config = self.config
         settings = config.model_dump(
-            mode="json", include={"features", "pooling", "projection", "long_input", "attend_padding"}
+            mode="json", include={"features", "pooling", "projection", "long_input", "official_windows"}
         )
         settings["backbone"] = config.backbone.fingerprint_fields()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -393,6 +431,16 @@ class AudioEncoder(nn.Module):
                 f"{uri}: the encoder's weights or config were changed after it was saved: fingerprint {got[:12]}..., "
                 f"expected {str(expected)[:12]}...: restore the directory or export the encoder again"
             )
+
+
+def _backbone(config: AudioMAEConfig | SpectrogramViTConfig, with_decoder: bool) -> AudioMAE | SpectrogramViT:
+    if isinstance(config, AudioMAEConfig):
+        return AudioMAE(config, decoder=with_decoder)
+    if with_decoder:
+        raise ConfigError(
+            f"{config.architecture}: only AudioMAE++ backbones have a decoder; train this one without MAE"
+        )
+    return SpectrogramViT(config)
 
 
 def _projection(width: int, config: ProjectionConfig | None) -> nn.Module:

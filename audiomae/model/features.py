@@ -129,8 +129,21 @@ class LogMel(nn.Module):
         even = size > 0 and bool((lengths == size).all())
         with torch.autocast(waveforms.device.type, enabled=False):
             frames = self._frames(waveforms.float(), None if even else lengths.clamp(max=size))
-            counts = self._raw_frame_counts(lengths.clamp(max=size))
-            mask = None if even else _row_mask(counts.to(frames.device), frames.shape[1])
+            return self.finish(frames, None if even else self._raw_frame_counts(lengths.clamp(max=size)))
+
+    def finish(self, frames: Tensor, counts: Tensor | None = None) -> Spectrogram:
+        """Normalise and resize plain log-mel, such as training keeps in its cache.
+
+        Args:
+            frames: float [B, T, n_mels], natural-log mel power.
+            counts: int64[B] frames per clip, None = all T.
+        """
+        if counts is None:
+            counts = torch.full((len(frames),), frames.shape[1], dtype=torch.int64)
+            mask = None
+        else:
+            mask = _row_mask(counts.to(frames.device), frames.shape[1])
+        with torch.autocast(frames.device.type, enabled=False):
             x = self._normalized(frames, counts.to(frames.device), mask).unsqueeze(1)
             if self.config.resize_time != 1.0 or self.config.out_mels != self.config.n_mels:
                 x, counts = self._resize(x), self._resized(counts)

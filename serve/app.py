@@ -5,6 +5,7 @@ Three deployments: `Api` (HTTP and decoding, on CPU), `Encoder` (the model, on a
 """
 
 import socket
+import threading
 import uuid
 from typing import Any, cast
 
@@ -14,11 +15,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from audiomae import storage
 from audiomae.cli import UserError
 from audiomae.config import ConfigError, build_config
 from audiomae.search import release as releases
 from audiomae.storage import IntegrityError
-from serve.encoder import Encoder
+from serve import media
+from serve.encoder import Encoder, mismatch
 from serve.index import Index
 from serve.metrics import ApiMetrics
 from serve.routes import create_app
@@ -40,6 +43,7 @@ class Api:
         self._metrics = ApiMetrics(context.replica_tag)
         self._name, self._app_name = context.deployment, context.app_name
         self._service = SearchService(args, encoder, index, shared)
+        threading.Thread(target=media.warm_up, daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service, self._metrics, self._scrape)
@@ -66,6 +70,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         config = build_config(ServeArgs, args)
         release = releases.resolve(config.index, config.version)
         releases.verify(release)
+        check_encoder(release)
     except ConfigError as error:
         raise click.UsageError(f"serve.app:build: {error}") from None
     except (UserError, IntegrityError) as error:
@@ -73,6 +78,16 @@ def build(args: dict[str, Any]) -> serve.Application:
     if config.port is not None or config.host != DEFAULT_HOST:
         start_http(config.host, config.port or DEFAULT_PORT)
     return compose(config, release.version)
+
+
+def check_encoder(release: releases.Release) -> None:
+    """Refuse a release whose encoder did not make its vectors, by what both say of themselves.
+
+    `AudioEncoder.load` checks later that the weights are what the encoder says.
+    """
+    recorded = storage.read_json(str(release.path / "encoder" / "config.json")).get("fingerprint")
+    if recorded != release.fingerprint:
+        raise mismatch(release, str(recorded))
 
 
 def compose(args: ServeArgs, version: str) -> serve.Application:

@@ -86,11 +86,16 @@ class Encoder:
         release = releases.resolve(self._args.index, version)
         encoder = AudioEncoder.load(str(checked_encoder_dir(release)), device=self._args.device, dtype=self._args.dtype)
         if encoder.fingerprint != release.fingerprint:
-            raise IntegrityError(
-                f"release {release.version}: its encoder has fingerprint {encoder.fingerprint}, but the index holds "
-                f"vectors of {release.fingerprint}; publish the release again with the encoder that embedded it"
-            )
+            raise mismatch(release, encoder.fingerprint)
         return encoder
+
+
+def mismatch(release: releases.Release, fingerprint: str) -> IntegrityError:
+    """The error of a release whose encoder has this `fingerprint`, which is not the one of its vectors."""
+    return IntegrityError(
+        f"release {release.version}: its encoder has fingerprint {fingerprint}, but the index holds vectors of "
+        f"{release.fingerprint}; publish the release again with the encoder that embedded it"
+    )
 
 
 def checked_encoder_dir(release: releases.Release) -> Path:

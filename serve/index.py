@@ -96,10 +96,10 @@ class Index:
 
 
 def ranked(hits: Hits) -> list[list[Ranked]]:
-    """The hits of each query without the padding."""
+    """The hits of each query without the padding. Rounding can lift a cosine over 1: cut there."""
     return [
-        [Ranked(plain(row), min(1.0, float(score)), query) for row, score in zip(items, hits.scores[query], strict=False)]
-        for query, items in enumerate(hits.items)
+        [Ranked(plain(row), min(1.0, float(score)), query) for row, score in zip(items, scores, strict=False)]
+        for query, (items, scores) in enumerate(zip(hits.items, hits.scores, strict=True))
     ]
 
 

@@ -96,6 +96,11 @@ def spectrogram_png(samples: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def warm_up() -> None:
+    """Pay for the imports of the first picture (seconds) before somebody waits for it."""
+    spectrogram_png(np.ones(PICTURE_RATE, np.float32))
+
+
 def media_type(uri: str) -> str:
     """The type of an audio or video file by its name; anything else is plain bytes, so that no page is ever served."""
     known = TYPES.get(Path(uri).suffix.lower()) or mimetypes.guess_type(uri)[0] or ""

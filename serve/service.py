@@ -161,9 +161,9 @@ class SearchService:
             )
             serving = joined(concrete, encoders[0], indexes[0])
         except UserError as error:
-            raise Problem(404, "unknown_release", str(error)) from error
+            raise Problem(404, "unknown_release", reason(error)) from error
         except IntegrityError as error:
-            raise Problem(409, "release_refused", str(error)) from error
+            raise Problem(409, "release_refused", reason(error)) from error
         await asyncio.to_thread(self._shared.set, concrete)
         async with self._switching:
             self._serving = serving
@@ -199,12 +199,12 @@ class SearchService:
             try:
                 return await self._bounded(method.remote(*args), self.args.request_timeout_s, "the model or the index")
             except FilterError as error:
-                raise Problem(422, "bad_filter", str(error)) from error
+                raise Problem(422, "bad_filter", reason(error)) from error
             except (ActorDiedError, ActorUnavailableError) as error:
                 if attempt == ATTEMPTS:
-                    raise Problem(503, "replica_lost", str(error), headers={"Retry-After": "1"}) from error
+                    raise try_again("replica_lost", error) from error
             except (BackPressureError, DeploymentUnavailableError) as error:
-                raise Problem(503, "overloaded", str(error), headers={"Retry-After": "1"}) from error
+                raise try_again("overloaded", error) from error
 
     async def _bounded(self, work: Awaitable[T], seconds: float, what: str) -> T:
         try:
@@ -262,6 +262,16 @@ def text_reason(serving: Serving) -> str | None:
         f"release {serving.version} has no text tower: its encoder was trained on sound alone; "
         "train with a CLAP objective and publish a release of that encoder"
     )
+
+
+def try_again(code: str, error: BaseException) -> Problem:
+    """503 for what passes by itself."""
+    return Problem(503, code, f"{reason(error)}; try again", headers={"Retry-After": "1"})
+
+
+def reason(error: BaseException) -> str:
+    """The message of an error, without the remote traceback that Ray adds to one from another process."""
+    return str(getattr(error, "cause", None) or error)
 
 
 def unknown_id(clip: int, serving: Serving) -> Problem:

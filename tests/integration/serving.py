@@ -1,7 +1,12 @@
 """A small published release to serve, made without the jobs: an untrained encoder, a dozen sounds, their vectors."""
 
+import io
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import soundfile
@@ -81,3 +86,28 @@ def publish_release(index_dir: Path, corpus: Path, encoder: AudioEncoder, stagin
     }
     parent = releases.resolve(index_dir) if (index_dir / "history").exists() else None
     return releases.publish(index_dir, staging, info, parent)
+
+
+@contextmanager
+def running_service(index_dir: Path, **args: object) -> Iterator[httpx.Client]:
+    """Serve `index_dir` on a free loopback port of the suite's Ray cluster; a client of it; shut down at the end."""
+    from ray import serve as ray_serve
+
+    from serve.app import build
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray_serve.run(build({"index": str(index_dir), "port": port, "encoder_threads": 1, **args}), name="search")
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+    finally:
+        ray_serve.shutdown()
+
+
+def as_file(samples: np.ndarray, rate: int = RATE, format: str = "WAV", subtype: str | None = None) -> bytes:
+    """float32[S] or [S, channels] as the bytes of an audio file."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=format, subtype=subtype)
+    return file.getvalue()

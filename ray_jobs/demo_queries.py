@@ -1,0 +1,171 @@
+"""Ask a running service what it finds for audio files that it has not seen, and count how often it is right.
+
+Every labelled file of a corpus is sent as a real HTTP upload; an answer is right when its best hit has the same label.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from audiomae import storage
+from audiomae.cli import UserError, run_job
+from audiomae.corpus.manifest import list_corpus, open_source
+
+ATTEMPTS = 6
+HITS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Query:
+    """One upload: the corpus it is from, where in it, and the class it should find."""
+
+    root: str
+    uri: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: labels and scores best first, and the milliseconds from request to answer."""
+
+    query: Query
+    labels: list[str]
+    scores: list[float]
+    milliseconds: float
+
+    @property
+    def right(self) -> bool:
+        """Whether the best hit is of the query's class."""
+        return bool(self.labels) and self.labels[0] == self.query.label
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Send the queries, print the table."""
+    args = _parser().parse_args(argv)
+    queries = labelled_queries(args.queries, args.label)
+    answers = ask_all(args.url, queries[: args.limit], args.k, args.label)
+    print(table(answers))
+    if args.out:
+        storage.write_json(args.out, summary(answers))
+    return 0
+
+
+def labelled_queries(src: str, label: str = "label") -> list[Query]:
+    """The rows of a corpus that have a label.
+
+    Raises:
+        UserError: there are none.
+    """
+    corpus = list_corpus(src)
+    rows = [row for table in corpus.batches() for row in table.to_pylist()]
+    queries = [Query(corpus.root, row["uri"], str(row[label])) for row in rows if row.get(label)]
+    if not queries:
+        raise UserError(
+            f"--queries {src}: no row has a {label!r}; use a folder of class folders, or a listing with one"
+        )
+    return queries
+
+
+def ask_all(url: str, queries: list[Query], k: int = 5, label: str = "label") -> list[Answer]:
+    """Send every query to the service at `url`; a request that fails for a passing reason is sent again.
+
+    Raises:
+        UserError: the service does not answer, or refuses a query (with its reason).
+    """
+    with httpx.Client(base_url=url, timeout=60) as client:
+        return list(_answers(client, queries, k, label))
+
+
+def table(answers: list[Answer]) -> str:
+    """A text table of queries, their top hits with scores, right or wrong, and R@1 below."""
+    width = max((len(answer.query.uri) for answer in answers), default=5)
+    lines = [f"{'query':{width}}  {'class':12}  {'':5}  top hits (cosine)"]
+    for answer in answers:
+        hits = ", ".join(
+            f"{label} {score:.3f}" for label, score in list(zip(answer.labels, answer.scores, strict=True))[:HITS_SHOWN]
+        )
+        verdict = "right" if answer.right else "wrong"
+        lines.append(f"{answer.query.uri:{width}}  {answer.query.label:12}  {verdict}  {hits}")
+    facts = summary(answers)
+    lines.append(
+        f"R@1 {facts['recall_at_1']:.3f} ({facts['right']} of {facts['queries']} right), "
+        f"median answer {facts['median_ms']:.0f} ms"
+    )
+    return "\n".join(lines)
+
+
+def summary(answers: list[Answer]) -> dict[str, Any]:
+    """Counts, R@1 and the median answer time as plain values."""
+    times = sorted(answer.milliseconds for answer in answers)
+    right = sum(answer.right for answer in answers)
+    return {
+        "queries": len(answers),
+        "right": right,
+        "recall_at_1": right / max(1, len(answers)),
+        "median_ms": times[len(times) // 2] if times else 0.0,
+    }
+
+
+def _answers(client: httpx.Client, queries: list[Query], k: int, label: str) -> Iterator[Answer]:
+    for query in queries:
+        data = _read(query)
+        started = time.perf_counter()
+        body = _post(client, query.uri, data, k)
+        milliseconds = (time.perf_counter() - started) * 1000
+        results = body["results"]
+        labels = [str(hit["item"].get(label)) for hit in results]
+        yield Answer(query, labels, [hit["score"] for hit in results], milliseconds)
+
+
+def _post(client: httpx.Client, name: str, data: bytes, k: int) -> dict[str, Any]:
+    problem = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(0.2 * 2**attempt)
+        try:
+            reply = client.post("/search", files={"file": (Path(name).name, data)}, data={"k": str(k)})
+        except httpx.TransportError as error:
+            problem = f"{type(error).__name__}: {error}"
+            continue
+        if reply.status_code == 200:
+            answer: dict[str, Any] = reply.json()
+            return answer
+        problem = f"{reply.status_code}: {reply.text[:500]}"
+        if reply.status_code < 500:
+            break
+    raise UserError(f"{client.base_url}: no answer to {name}: {problem}")
+
+
+def _read(query: Query) -> bytes:
+    source = open_source(query.root, query.uri)
+    if isinstance(source, Path):
+        return source.read_bytes()
+    return source if isinstance(source, bytes) else source.read()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example:\n  python ray_jobs/demo_queries.py --url http://127.0.0.1:8000 --queries held_out/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the running service")
+    parser.add_argument("--queries", required=True, metavar="SRC", help="a labelled corpus, best not the indexed one")
+    parser.add_argument("--k", type=int, default=5, help="hits per query")
+    parser.add_argument("--label", default="label", help="the column that holds the class")
+    parser.add_argument("--limit", type=int, default=None, help="ask only the first so many")
+    parser.add_argument("--out", help="write the counts as JSON to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -71,9 +71,7 @@ def _complete(root: str, src: str, table: pa.Table) -> pa.Table:
     """Check the uri column, look up sizes and content ids that the listing does not give, put columns in order."""
     if "uri" not in table.column_names:
         names = table.column_names
-        raise UserError(
-            f"{src}: no column 'uri' among {names}{nearest('uri', names) if names else ''}; rename it to 'uri'"
-        )
+        raise UserError(f"{src}: no column 'uri' among {names}; rename the one that holds the paths to 'uri'")
     table = table.rename_columns([f"listing_{name}" if name in RESERVED else name for name in table.column_names])
     uris = table["uri"].cast(pa.string())
     if uris.null_count or pc.any(pc.equal(pc.utf8_length(uris), 0)).as_py():

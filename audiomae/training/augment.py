@@ -22,8 +22,12 @@ class AugmentConfig(StrictConfig):
 
     time_shift: bool = Field(True, description="roll the window by a random offset, as a clip of a loop would start")
     gain_db: float = Field(6.0, ge=0, description="uniform gain within +- this many dB")
-    stretch: float = Field(1.0, ge=1, description="resampled crop: a stretch of 1/x to x window lengths becomes the window")
-    freq_crop: float = Field(0.0, ge=0, lt=1, description="resampled crop: cut up to this share of the mel axis, resize back")
+    stretch: float = Field(
+        1.0, ge=1, description="resampled crop: a stretch of 1/x to x window lengths becomes the window"
+    )
+    freq_crop: float = Field(
+        0.0, ge=0, lt=1, description="resampled crop: cut up to this share of the mel axis, resize back"
+    )
     mix: float = Field(0.0, ge=0, lt=1, description="background mix: another clip at up to this share of the power")
     mix_prob: float = Field(1.0, ge=0, le=1, description="share of clips that get a background")
     time_masks: int = Field(0, ge=0, description="SpecAugment: number of masked time spans")

@@ -1,8 +1,9 @@
-"""What training reads: a cache of log-mel features decoded once, and batches that depend on the step number alone.
+"""What training reads: a cache of log-mel decoded once, and batches that depend on the step number alone.
 
-A cache directory holds `shard-00000.npy` (float16[frames, mels], the clips of a shard end to end), `shard-00000.parquet`
-(one row per clip, or per file that could not be decoded) and `shard-00000.json`, the receipt, written last. Readers
-trust only shards with a receipt. Features are memory-mapped: every worker of a machine shares one copy in memory.
+A cache directory holds `shard-00000.npy` (float16[frames, mels], the clips of a shard end to end),
+`shard-00000.parquet` (one row per clip, or per file that could not be decoded) and `shard-00000.json`, the receipt,
+written last. Readers trust only shards with a receipt. Features are memory-mapped: all workers of a machine share one
+copy in memory.
 """
 
 import hashlib
@@ -155,9 +156,7 @@ class FeatureStore:
         shard, first_frame, frames: int[N], where each clip lies.
     """
 
-    def __init__(
-        self, cache: Path, shard: npt.ArrayLike, first_frame: npt.ArrayLike, frames: npt.ArrayLike
-    ) -> None:
+    def __init__(self, cache: Path, shard: npt.ArrayLike, first_frame: npt.ArrayLike, frames: npt.ArrayLike) -> None:
         self.shard, self.first_frame = np.asarray(shard), np.asarray(first_frame)
         self.frames = np.asarray(frames)
         self._maps = {

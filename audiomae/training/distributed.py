@@ -49,7 +49,7 @@ def gather_with_grad(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    return _GatherRows.apply(rows)  # type: ignore[no-any-return]
+    return _GatherRows.apply(rows)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -25,7 +25,9 @@ class OptimConfig(StrictConfig):
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_epochs: float = Field(1.0, ge=0)
     clip_grad: float | None = Field(1.0, gt=0, description="largest gradient norm; null = no clipping")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="rate factor per layer below the top (BEiT/MAE fine-tuning)")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="rate factor per layer below the top (BEiT/MAE fine-tuning)"
+    )
     freeze_layers: int = Field(0, ge=0, description="freeze the patch embedding and this many blocks from the bottom")
 
 

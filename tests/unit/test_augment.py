@@ -8,9 +8,7 @@ import torch
 from audiomae.training import augment
 from audiomae.training.augment import AugmentConfig
 
-ALL = AugmentConfig(
-    time_shift=True, gain_db=6, stretch=1.3, freq_crop=0.2, mix=0.4, time_masks=2, freq_masks=2
-)
+ALL = AugmentConfig(time_shift=True, gain_db=6, stretch=1.3, freq_crop=0.2, mix=0.4, time_masks=2, freq_masks=2)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

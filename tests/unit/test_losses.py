@@ -162,7 +162,9 @@ def test_logit_scale_is_clamped(log_scale, expected):
 
 
 def test_initial_log_scale_inverts_the_temperature():
-    assert float(losses.clamped_scale(torch.tensor(losses.initial_log_scale(0.07)))) == pytest.approx(1 / 0.07, rel=1e-5)
+    assert float(losses.clamped_scale(torch.tensor(losses.initial_log_scale(0.07)))) == pytest.approx(
+        1 / 0.07, rel=1e-5
+    )
 
 
 def slow_triplet(z, labels, margin):

@@ -1,5 +1,6 @@
 """Rates over steps, layer-wise decay, freezing, and which parameters are decayed."""
 
+import itertools
 import math
 
 import pytest
@@ -17,7 +18,7 @@ def test_warm_up_is_linear_then_the_cosine_falls_to_the_floor():
     assert factors[10] == pytest.approx(1.0)
     assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)
     assert factors[110] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(factors[10:]))
 
 
 def test_no_warm_up_starts_at_the_peak():
@@ -35,7 +36,12 @@ LAYER_OF = schedule.layer_names(["embed"], ["blocks.0", "blocks.1", "blocks.2"])
 
 
 def test_layer_names():
-    assert [LAYER_OF(name) for name in ("embed.weight", "blocks.0.weight", "blocks.2.bias", "head.weight")] == [0, 1, 3, 4]
+    assert [LAYER_OF(name) for name in ("embed.weight", "blocks.0.weight", "blocks.2.bias", "head.weight")] == [
+        0,
+        1,
+        3,
+        4,
+    ]
 
 
 def test_layer_decay_scales_from_the_top_down(model):

@@ -1,0 +1,136 @@
+"""How good the embeddings are while training: retrieval by held-out clips, and the collapse gauges."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from audiomae.evaluation.metrics import retrieval_metrics
+from audiomae.model.encoder import AudioEncoder
+from audiomae.training.augment import AugmentConfig, augment
+from audiomae.training.data import FeatureStore
+from audiomae.training.diagnostics import collapse_gauges
+from audiomae.training.distributed import gather, rank, world_size
+from audiomae.training.losses import UNLABELLED
+from audiomae.training.recipe import ValidationConfig
+
+BATCH = 32
+BatchFn = Callable[[Sequence[int]], Tensor]
+
+
+class Validator:
+    """Embeds a fixed set of queries (validation clips) and gallery (training clips), shared among the ranks.
+
+    Args:
+        store: features of all clips.
+        validation: bool[N], which clips are held out.
+        labels: int64[N] class or `UNLABELLED`. Without any label a clip's first half looks for its second half.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        validation: npt.NDArray[np.bool_],
+        labels: npt.NDArray[np.int64],
+        config: ValidationConfig,
+        augmentation: AugmentConfig,
+        window: int,
+        seed: int,
+    ) -> None:
+        self.store, self.labels, self.augmentation, self.window, self.seed = store, labels, augmentation, window, seed
+        self.labelled = bool((labels != UNLABELLED).any())
+        known = labels != UNLABELLED if self.labelled else np.ones(len(labels), bool)
+        self.queries = _spread(np.flatnonzero(validation & known), config.max_queries)
+        self.gallery = _spread(np.flatnonzero(~validation & known), config.max_gallery)
+
+    @torch.inference_mode()
+    def run(self, encoder: AudioEncoder) -> dict[str, float]:
+        """Metrics of the encoder as it is: `val_mAP`, `val_R@1`, and the gauges over the queries.
+
+        Empty when no clip is held out. Every rank gets the same numbers and must call this.
+        """
+        if len(self.queries) < 2 or len(self.gallery) == 0:
+            return {}
+        training = encoder.training
+        encoder.eval()
+        try:
+            metrics = self._retrieval(encoder)
+            first, second = (self._embed_windows(encoder, view) for view in (0, 1))
+            return metrics | collapse_gauges(first, second)
+        finally:
+            encoder.train(training)
+
+    def _retrieval(self, encoder: AudioEncoder) -> dict[str, float]:
+        if self.labelled:
+            queries, gallery = self._embed(encoder, self.queries), self._embed(encoder, self.gallery)
+            query_labels, gallery_labels = self.labels[self.queries], self.labels[self.gallery]
+        else:
+            queries, gallery = (self._embed(encoder, self.queries, half) for half in (0, 1))
+            query_labels = gallery_labels = self.queries
+        scores = retrieval_metrics(queries.numpy(), query_labels, gallery.numpy(), gallery_labels, ks=(1,))
+        return {"val_mAP": float(scores["mAP"]), "val_R@1": float(scores["R@1"])}
+
+    def _embed(self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], half: int | None = None) -> Tensor:
+        """Whole clips (or halves of them) -> float32[len(clips), D] on the CPU, in the order given."""
+
+        def batch(rows: Sequence[int]) -> Tensor:
+            spans = [_span(int(self.store.frames[row]), half) for row in rows]
+            longest = max(stop - start for start, stop in spans)
+            frames = np.zeros((len(rows), longest, self.store.bands), np.float16)
+            for index, (row, (start, stop)) in enumerate(zip(rows, spans, strict=True)):
+                self.store.read(row, start, stop - start, frames[index, : stop - start])
+            counts = torch.tensor([stop - start for start, stop in spans])
+            spectrogram = encoder.features.finish(torch.from_numpy(frames).to(encoder.device).float(), counts)
+            return encoder.embed_spectrogram(*spectrogram)
+
+        return self._shared(encoder, clips, batch)
+
+    def _embed_windows(self, encoder: AudioEncoder, view: int) -> Tensor:
+        """One augmented window of each query, the same ones every time -> float32[Q, D]."""
+        length = self.augmentation.source_frames(self.window)
+
+        def batch(rows: Sequence[int]) -> Tensor:
+            draw = np.random.default_rng([self.seed, view, int(rows[0])])
+            frames = np.empty((len(rows), length, self.store.bands), np.float16)
+            for index, row in enumerate(rows):
+                start = int(draw.integers(0, max(0, int(self.store.frames[row]) - length) + 1))
+                self.store.read(row, start, length, frames[index])
+            generator = torch.Generator().manual_seed(int(draw.integers(2**62)))
+            views = augment(
+                torch.from_numpy(frames).to(encoder.device).float(), self.window, self.augmentation, generator
+            )
+            return encoder.embed_spectrogram(encoder.features.finish(views).x)
+
+        return self._shared(encoder, self.queries, batch)
+
+    def _shared(self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], batch: BatchFn) -> Tensor:
+        """Each rank embeds its share; everybody gets all rows."""
+        share = -(-len(clips) // world_size())
+        mine = clips[rank() * share : (rank() + 1) * share]
+        mine = mine[np.argsort(self.store.frames[mine], kind="stable")]
+        vectors = torch.zeros(share, encoder.dim, device=encoder.device)
+        order = np.full(share, -1, np.int64)
+        order[: len(mine)] = mine
+        for start in range(0, len(mine), BATCH):
+            rows = [int(row) for row in mine[start : start + BATCH]]
+            vectors[start : start + len(rows)] = batch(rows).float()
+        every = gather(vectors).cpu()
+        place = gather(torch.from_numpy(order).to(encoder.device)).cpu().numpy()
+        where = {int(row): index for index, row in enumerate(place) if row >= 0}
+        return F.normalize(every[[where[int(row)] for row in clips]], dim=1)
+
+
+def _span(frames: int, half: int | None) -> tuple[int, int]:
+    if half is None or frames < 2:
+        return 0, frames
+    return (0, frames // 2) if half == 0 else (frames // 2, frames)
+
+
+def _spread(rows: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
+    """At most `most` of the rows, evenly spaced."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]

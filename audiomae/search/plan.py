@@ -2,14 +2,12 @@
 
 A work item is one file, or one bounded segment of a long file. Items are sorted by uri and packed into shards of about
 equal cost; the result is written once per generation as `manifest/items-*.parquet` (one row group per shard) and put
-in force by creating `manifest/plan-NNNNNN.json` exclusively. An update never edits a plan: it writes the next
-generation, in which untouched shards keep their names (and so their commits), and a shard that lost or renamed rows
-gets a new name and a `base` shard from which its remaining rows are copied instead of being embedded again.
+in force by creating `manifest/plan-NNNNNN.json` exclusively. `update.py` writes the next generations.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -26,9 +24,6 @@ from audiomae.search.shards import (
     EmbedSettings,
     new_attempt,
     read_latest_plan,
-    read_receipts,
-    read_shard,
-    write_table,
 )
 from audiomae.storage import (
     IntegrityError,
@@ -81,25 +76,6 @@ class Plan(StrictConfig):
     @property
     def num_items(self) -> int:
         return sum(shard.items for shard in self.shards)
-
-
-class Difference(StrictConfig):
-    """How a corpus listing differs from the manifest in force (lists of uris)."""
-
-    new: list[str] = []
-    changed: list[str] = []
-    vanished: list[str] = []
-    relabelled: list[str] = []
-    columns: str = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.new or self.changed or self.vanished or self.relabelled or self.columns)
-
-    def describe(self) -> str:
-        """One line a person can act on."""
-        kinds = {"new": self.new, "changed": self.changed, "vanished": self.vanished, "other columns": self.relabelled}
-        parts = [f"{len(uris):,} {kind} (e.g. {uris[0]})" for kind, uris in kinds.items() if uris]
-        return "; ".join(parts + ([self.columns] if self.columns else []))
 
 
 def normalise_listing(batches: Iterator[pa.Table]) -> tuple[pa.Table, int]:
@@ -171,7 +147,7 @@ def segments(duration_s: float, settings: EmbedSettings) -> list[tuple[float, fl
     loses nothing.
     """
     per_segment = max(1, int(SEGMENT_S / settings.hop_s))
-    windows = 1 + max(0, math.floor((duration_s - settings.window_s / 2) / settings.hop_s))
+    windows = 1 + max(0, math.floor((duration_s - settings.window_s) / settings.hop_s))
     if windows <= per_segment * 1.5:
         return []
     firsts = range(0, windows, per_segment)
@@ -185,7 +161,7 @@ def pack(items: pa.Table, shard_cost_s: float | None = None) -> np.ndarray:
     The cost of an item is its guessed audio seconds plus an overhead; the target is a 256th of the whole, but no less
     than 5 minutes (a commit must cost nothing) and no more than 30 (so must a lost shard).
     """
-    sizes = items["size"].to_numpy(zero_copy_only=False).astype(np.float64)
+    sizes = np.maximum(items["size"].to_numpy(zero_copy_only=False), 0).astype(np.float64)
     extensions = pc.utf8_lower(pc.replace_substring_regex(items["uri"], r"^.*\.", ""))
     encoded = extensions.combine_chunks().dictionary_encode()
     rates = np.array(
@@ -224,59 +200,7 @@ def new_plan(
         files=[],
         shards=[],
     )
-    return _publish(out, plan, items.append_column("shard", pa.array(names, pa.string())), {})
-
-
-def updated_plan(
-    out: str | UPath,
-    plan: Plan,
-    listing: pa.Table,
-    probe: Probe,
-    *,
-    redo: Sequence[str] = (),
-    encoder: str,
-    corpus: str,
-    root: str,
-    shard_cost_s: float | None = None,
-) -> Plan:
-    """The next generation: new, changed and `redo` files go into new shards, everything else keeps its embeddings."""
-    old = read_items(out, plan)
-    diff = difference(old, listing)
-    generation = plan.generation + 1
-    todo = {*diff.new, *diff.changed, *redo}
-    dropped = {*diff.changed, *diff.vanished, *redo}
-    touched_uris = dropped | set(diff.relabelled) | (set(old["uri"].to_pylist()) if diff.columns else set())
-    touched = _shards_of(old, touched_uris)
-
-    kept = old.filter(pc.invert(pc.is_in(old["uri"], pa.array(sorted(dropped), pa.string()))))
-    kept = _with_columns_of(listing, kept)
-    renamed = {name: f"{generation:06d}-{number:06d}" for number, name in enumerate(sorted(touched))}
-    shard = [renamed.get(name, name) for name in kept["shard"].to_pylist()]
-    kept = kept.set_column(kept.column_names.index("shard"), "shard", pa.array(shard, pa.string()))
-
-    fresh = listing.filter(pc.is_in(listing["uri"], pa.array(sorted(todo), pa.string())))
-    tables = [kept]
-    if fresh.num_rows:
-        items = build_items(fresh, plan.settings, probe)
-        names = [f"{generation:06d}-{len(renamed) + number:06d}" for number in pack(items, shard_cost_s)]
-        tables.append(items.append_column("shard", pa.array(names, pa.string())))
-    items = pa.concat_tables(tables, promote_options="permissive")
-
-    committed = read_receipts(out, [entry.name for entry in plan.shards])
-    bases = {entry.name: entry.name if entry.name in committed else entry.base for entry in plan.shards}
-    copies = {renamed.get(name, name): base for name, base in bases.items() if base and base != renamed.get(name, name)}
-    losing = {base for name in _shards_of(old, set(diff.vanished)) if (base := bases[name])}
-    next_plan = plan.model_copy(
-        update={
-            "generation": generation,
-            "encoder": encoder,
-            "corpus": corpus,
-            "corpus_root": root,
-            "manifest_hash": manifest_hash(listing),
-            "vanished": _write_vanished(out, plan, generation, sorted(losing), diff.vanished, listing),
-        }
-    )
-    return _publish(out, next_plan, items, copies)
+    return publish_plan(out, plan, items.append_column("shard", pa.array(names, pa.string())), {})
 
 
 def load_plan(out: str | UPath) -> Plan | None:
@@ -309,71 +233,7 @@ def _items_file(out: str, name: str) -> pq.ParquetFile:
     return pq.ParquetFile(pa.BufferReader(read_bytes(to_path(out) / name)))
 
 
-def difference(items: pa.Table, listing: pa.Table) -> Difference:
-    """What a fresh listing says against the items of the plan in force; content identity decides what changed."""
-    items = items.sort_by("uri")
-    first = np.ones(items.num_rows, bool)
-    uris = items["uri"].combine_chunks()
-    first[1:] = pc.not_equal(uris.slice(1), uris.slice(0, len(uris) - 1)).to_numpy(zero_copy_only=False)
-    old = items.filter(pa.array(first))
-    where = pc.index_in(listing["uri"], old["uri"].combine_chunks())
-    common = listing.filter(pc.is_valid(where))
-    match = old.take(where.drop_null())
-    same_content = _equal(common["content_id"], match["content_id"])
-    columns = [name for name in extra_columns(listing) if name in extra_columns(old)]
-    same_columns = np.ones(common.num_rows, bool)
-    for name in columns:
-        same_columns &= _equal(common[name], match[name])
-    added, removed = (
-        sorted(set(extra_columns(a)) - set(extra_columns(b))) for a, b in ((listing, old), (old, listing))
-    )
-    notes = [f"columns added: {', '.join(added)}"] * bool(added) + [f"columns gone: {', '.join(removed)}"] * bool(
-        removed
-    )
-    return Difference(
-        new=listing.filter(pc.is_null(where))["uri"].to_pylist(),
-        changed=common.filter(pa.array(~same_content))["uri"].to_pylist(),
-        vanished=old.filter(pc.invert(pc.is_in(old["uri"], listing["uri"].combine_chunks())))["uri"].to_pylist(),
-        relabelled=common.filter(pa.array(same_content & ~same_columns))["uri"].to_pylist(),
-        columns="; ".join(notes),
-    )
-
-
-def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:
-    return np.fromiter((a == b for a, b in zip(left.to_pylist(), right.to_pylist(), strict=True)), bool, len(left))
-
-
-def _shards_of(items: pa.Table, uris: set[str]) -> set[str]:
-    mask = pc.is_in(items["uri"], pa.array(sorted(uris), pa.string()))
-    return set(items.filter(mask)["shard"].to_pylist())
-
-
-def _with_columns_of(listing: pa.Table, items: pa.Table) -> pa.Table:
-    rows = listing.take(pc.index_in(items["uri"], listing["uri"].combine_chunks()))
-    for name in ("segment_start_s", "segment_end_s", "shard"):
-        rows = rows.append_column(name, items[name])
-    return rows
-
-
-def _write_vanished(
-    out: str | UPath, plan: Plan, generation: int, shards: list[str], uris: list[str], listing: pa.Table
-) -> dict[str, Any] | None:
-    """All rows ever dropped because their file was gone, less those whose file is back."""
-    columns = ["id", "uri", "start_s", "end_s"]
-    tables = []
-    if plan.vanished:
-        earlier = pq.read_table(pa.BufferReader(read_bytes(to_path(out) / plan.vanished["name"])))
-        tables.append(earlier.filter(pc.invert(pc.is_in(earlier["uri"], listing["uri"].combine_chunks()))))
-    for receipt in read_receipts(out, shards).values():
-        rows = read_shard(out, receipt, columns)
-        tables.append(rows.filter(pc.is_in(rows["uri"], pa.array(uris, pa.string()))))
-    if not tables:
-        return None
-    name = f"vanished/rows-{generation:06d}-{new_attempt()}.parquet"
-    return {"name": name, "sha256": write_table(to_path(out) / name, pa.concat_tables(tables))}
-
-
-def _publish(out: str | UPath, plan: Plan, items: pa.Table, copies: dict[str, str]) -> Plan:
+def publish_plan(out: str | UPath, plan: Plan, items: pa.Table, copies: dict[str, str]) -> Plan:
     """Write the items, then create the plan file exclusively; the plan of whoever was first is returned."""
     items = items.sort_by([("shard", "ascending"), ("uri", "ascending"), ("segment_start_s", "ascending")])
     names, firsts, counts = np.unique(

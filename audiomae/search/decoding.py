@@ -1,0 +1,142 @@
+"""Work items to windows: in this process, or in a child process for files that may take their process down.
+
+A shard whose worker died is embedded again with `IsolatedDecoder`: every file is decoded by a child, so that a
+segmentation fault, an out-of-memory kill or an endless loop in a C library costs the child, and after a few tries the
+file is a failure row like any other. The child answers over a socket pair and ends when its parent does.
+"""
+
+import contextlib
+import math
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from audiomae.corpus.decode import DecodeError, iter_windows
+from audiomae.corpus.manifest import open_source
+from audiomae.search.shards import EmbedSettings
+
+MEMORY_LIMIT_BYTES = 8 << 30
+READ_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class Clip(NamedTuple):
+    """One window on its way to the encoder: float32 samples `[S]`, or int16 with the factor that restores them."""
+
+    start_s: float
+    end_s: float
+    samples: np.ndarray
+    scale: float = 1.0
+
+
+Item = dict[str, Any]
+Decode = Callable[[Item], Iterator[Clip]]
+
+
+class ItemError(Exception):
+    """Why an item gave no embedding, in the words of its failure row. `passing`: another try may succeed."""
+
+    def __init__(self, stage: str, error_class: str, message: str, passing: bool = False) -> None:
+        super().__init__(stage, error_class, message, passing)
+        self.stage, self.error_class, self.message, self.passing = stage, error_class, message, passing
+
+
+def decode_item(item: Item, root: str, settings: EmbedSettings) -> Iterator[Clip]:
+    """The windows of a work item, decoded in this process.
+
+    Raises:
+        ItemError: for everything that can be wrong with a file or with reading it.
+    """
+    start, end = item.get("segment_start_s") or 0.0, item.get("segment_end_s")
+    end = None if end is None or math.isinf(end) else end
+    try:
+        source = open_source(root, item["uri"], item.get("tar_offset"), item.get("size"))
+        for window in iter_windows(source, settings.sample_rate, settings.window_s, settings.hop_s, start, end):
+            yield Clip(window.start_s, window.end_s, window.samples)
+    except DecodeError as error:
+        raise ItemError(error.stage, error.error_class, error.message, error.error_class == "ReadFailed") from error
+    except READ_ERRORS as error:
+        raise ItemError("read", type(error).__name__, str(error)) from error
+    except MemoryError as error:
+        raise ItemError("decode", "MemoryError", f"not enough memory to decode it: {error}") from error
+    except Exception as error:  # storage clients raise what they like: a lost connection, a 503
+        raise ItemError("read", type(error).__name__, str(error), passing=True) from error
+
+
+class IsolatedDecoder:
+    """`decode_item` in a child process, started when first needed and again after each death.
+
+    Raises (while iterating):
+        ItemError: what the child raised; `ProcessDied` (may pass) with its signal or exit status when it died;
+            `Stalled` when no window came for `stall_timeout_s`.
+    """
+
+    def __init__(self, root: str, settings: EmbedSettings, stall_timeout_s: float) -> None:
+        self.root, self.settings, self.stall_timeout_s = root, settings, stall_timeout_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+
+    def __call__(self, item: Item) -> Iterator[Clip]:
+        pipe = self._start()
+        try:
+            pipe.send((item, self.root, self.settings.model_dump()))
+            while True:
+                if not pipe.poll(self.stall_timeout_s):
+                    self.close()
+                    raise ItemError("decode", "Stalled", f"no window within {self.stall_timeout_s:g} s")
+                kind, value = pipe.recv()
+                if kind == "end":
+                    return
+                if kind == "error":
+                    raise ItemError(*value)
+                yield Clip(*value)
+        except (EOFError, OSError) as error:
+            raise ItemError("decode", "ProcessDied", f"its decoder process {self.close()}", passing=True) from error
+        except GeneratorExit:  # the caller stopped half-way: the rest is still in the pipe
+            self.close()
+            raise
+
+    def close(self) -> str:
+        """Stop the child; say how it ended."""
+        if self._child is None or self._pipe is None:
+            return "was not running"
+        self._pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(timeout=0.5)
+        self._child.kill()
+        status = self._child.wait()
+        self._child = self._pipe = None
+        return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+
+    def _start(self) -> Connection:
+        if self._pipe is None:
+            self._pipe, theirs = Pipe()
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            command = [sys.executable, "-m", "audiomae.search.decoding", str(theirs.fileno())]
+            self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+            theirs.close()
+        return self._pipe
+
+
+def serve(pipe: Connection) -> None:
+    """The child's loop: items in; windows, then `end` or `error`, out."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            item, root, settings = pipe.recv()
+            try:
+                for clip in decode_item(item, root, EmbedSettings(**settings)):
+                    pipe.send(("clip", tuple(clip)))
+                pipe.send(("end", None))
+            except ItemError as error:
+                pipe.send(("error", error.args))
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

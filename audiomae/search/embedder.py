@@ -1,0 +1,227 @@
+"""From the items of one shard to its committed rows: decode, batch by length, encode, write.
+
+`embed_shard` is the whole algorithm and knows neither Ray nor files: it takes an iterator of windows per item and an
+encode function. `audiomae/search/stages.py` runs it in worker processes.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from audiomae.corpus.manifest import clip_id
+from audiomae.model.encoder import AudioEncoder
+from audiomae.search.decoding import Clip, Decode, Item, ItemError
+from audiomae.search.plan import extra_columns
+from audiomae.search.shards import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
+
+MAX_PADDING = 0.05
+BUFFER_SAMPLES = 16 << 20  # 64 MB of float32: about 17 minutes at 16 kHz
+TRIES = 3
+BACKOFF_S = 0.5
+
+
+Encode = Callable[[Sequence[Clip]], np.ndarray]
+
+
+@dataclass
+class ShardResult:
+    """Rows and failures of one shard, and where the time went."""
+
+    table: pa.Table
+    failures: pa.Table
+    audio_s: float
+    decode_s: float
+    encode_s: float
+
+
+def embed_shard(items: pa.Table, decode: Decode, encode: Encode, settings: EmbedSettings) -> ShardResult:
+    """Embed the items of one shard; an item that fails becomes a failure row and leaves no embedding behind.
+
+    Args:
+        items: work items (`audiomae.search.plan`), one row each.
+        decode: yields the windows of an item (a dict of its columns and its `number` in the shard) in order; called
+            again when a read fails for a passing reason.
+        encode: embeds windows -> `float32[N, dim]`, rows L2-normalised.
+    """
+    began = time.perf_counter()
+    rows = _Rows(encode)
+    failures: list[Item] = []
+    for number, item in enumerate(items.to_pylist()):
+        item["number"] = number
+        first = len(rows.spans)
+        failure = consume_item(item, decode, lambda clip, n=number: rows.add(n, clip), lambda f=first: rows.drop(f))  # type: ignore[misc]
+        if failure:
+            failures.append(failure)
+    rows.flush()
+    decode_s = time.perf_counter() - began - rows.encode_s
+    table, audio_s = _build_table(items, rows, failures, settings)
+    return ShardResult(table, pa.Table.from_pylist(failures, FAILURE_SCHEMA), audio_s, decode_s, rows.encode_s)
+
+
+def consume_item(item: Item, decode: Decode, accept: Callable[[Clip], None], reset: Callable[[], None]) -> Item | None:
+    """Pass the windows of one item to `accept`; `None`, or a failure row after `reset` has undone what was accepted.
+
+    What may pass (a lost connection, a 503, a decoder process that died) is tried again with backoff.
+    """
+    for attempt in range(1, TRIES + 1):
+        empty = True
+        try:
+            for clip in decode(item):
+                empty = False
+                accept(clip)
+            if empty:
+                return failure_row(item, "decode", "EmptyAudio", "no samples in the file or segment")
+            return None
+        except ItemError as error:
+            reset()
+            if not error.passing or attempt == TRIES:
+                tried = f" (tried {attempt} times)" if attempt > 1 else ""
+                return failure_row(item, error.stage, error.error_class, error.message + tried)
+        time.sleep(BACKOFF_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def failure_row(item: Item, stage: str, error_class: str, message: str) -> Item:
+    """A row of `failures/`; the span is that of the segment, open-ended for a whole file."""
+    start, end = item.get("segment_start_s"), item.get("segment_end_s")
+    return {
+        "uri": item["uri"],
+        "start_s": start or 0.0,
+        "end_s": end if end is not None and math.isfinite(end) else None,
+        "stage": stage,
+        "error_class": error_class,
+        "message": message[:2000],
+    }
+
+
+class _Rows:
+    """The rows of a shard in the making: windows wait until there are enough of them to batch by length."""
+
+    def __init__(self, encode: Encode) -> None:
+        self.encode = encode
+        self.spans: list[tuple[int, float, float]] = []
+        self.vectors: dict[int, np.ndarray] = {}
+        self.waiting: list[tuple[int, Clip]] = []
+        self.waiting_samples = 0
+        self.encode_s = 0.0
+
+    def add(self, item: int, clip: Clip) -> None:
+        self.waiting.append((len(self.spans), clip))
+        self.spans.append((item, clip.start_s, clip.end_s))
+        self.waiting_samples += len(clip.samples)
+        if self.waiting_samples >= BUFFER_SAMPLES:
+            self.flush()
+
+    def drop(self, first: int) -> None:
+        """Forget the rows from `first` on: their item failed half-way."""
+        del self.spans[first:]
+        self.waiting = [pair for pair in self.waiting if pair[0] < first]
+        self.vectors = {row: vector for row, vector in self.vectors.items() if row < first}
+
+    def flush(self) -> None:
+        if self.waiting:
+            began = time.perf_counter()
+            vectors = self.encode([clip for _, clip in self.waiting])
+            self.vectors.update(zip((row for row, _ in self.waiting), vectors, strict=True))
+            self.encode_s += time.perf_counter() - began
+        self.waiting, self.waiting_samples = [], 0
+
+
+def _build_table(items: pa.Table, rows: _Rows, failures: list[Item], settings: EmbedSettings) -> tuple[pa.Table, float]:
+    """The embedding table and the audio seconds behind it; items with a non-finite vector join `failures`."""
+    uris = items["uri"].to_pylist()
+    vectors = np.array([rows.vectors[row] for row in range(len(rows.spans))], np.float32).reshape(-1, settings.dim)
+    numbers = np.array([span[0] for span in rows.spans], np.int64)
+    spans = np.array([span[1:] for span in rows.spans], np.float64).reshape(-1, 2).round(6)
+    bad = np.unique(numbers[~np.isfinite(vectors).all(axis=1)])
+    for number in bad:
+        item = items.slice(int(number), 1).to_pylist()[0]
+        failures.append(failure_row(item, "encode", "NonFiniteEmbedding", "the encoder gave NaN or infinity"))
+    keep = ~np.isin(numbers, bad)
+    vectors, numbers, spans = vectors[keep], numbers[keep], spans[keep]
+    if len(np.unique(numbers)) + len(failures) != items.num_rows:
+        raise AssertionError(f"{items.num_rows} items gave {len(np.unique(numbers))} embedded + {len(failures)} failed")
+    firsts = np.flatnonzero(np.diff(numbers, prepend=-1))  # rows of an item are adjacent
+    lasts = np.append(firsts[1:], len(numbers)) - 1
+    audio_s = float((spans[lasts, 1] - spans[firsts, 0]).sum()) if len(numbers) else 0.0
+    window_s = settings.window_s
+    if settings.mode == "file" and len(numbers):
+        vectors = np.add.reduceat(vectors, firsts, axis=0)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        numbers, spans, window_s = numbers[firsts], np.stack([spans[firsts, 0], spans[lasts, 1]], axis=1), 0.0
+    schema = embedding_schema(settings, [items.schema.field(name) for name in extra_columns(items)])
+    dtype = np.float16 if settings.vector_dtype == "float16" else np.float32
+    columns = [
+        pa.array(
+            [clip_id(uris[n], start, window_s) for n, start in zip(numbers, spans[:, 0], strict=True)], pa.int64()
+        ),
+        pa.array([uris[n] for n in numbers], pa.string()),
+        pa.array(spans[:, 0]),
+        pa.array(spans[:, 1]),
+        vectors_to_column(vectors.astype(dtype)),
+        *(items[name].take(pa.array(numbers)) for name in extra_columns(items)),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema), audio_s
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Cut windows into batches, longest first, such that padding stays under 5% of every batch.
+
+    Returns lists of positions in `lengths`; deterministic, so a shard always rides in the same batches.
+    """
+    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
+    batches: list[list[int]] = []
+    longest = total = 0
+    for position in order:
+        length = lengths[position]
+        count = len(batches[-1]) + 1 if batches else 0
+        if not batches or count > batch_size or (total + length) < (1 - MAX_PADDING) * longest * count:
+            batches.append([])
+            longest, total = length, 0
+        batches[-1].append(position)
+        total += length
+    return batches
+
+
+class BatchEncoder:
+    """Windows -> `float32[N, dim]` through an `AudioEncoder`, in length-bucketed batches.
+
+    On a GPU the host pads the next batch into pinned memory while the device works on the last one; the only
+    synchronisation is the copy of all results at the end. int16 windows are restored on the device.
+    """
+
+    def __init__(self, encoder: AudioEncoder, batch_size: int | None = None) -> None:
+        self.encoder, self.device = encoder, encoder.device
+        self.batch_size = batch_size or (256 if self.device.type == "cuda" else 32)
+        self.padded_samples = self.samples = 0
+
+    @torch.inference_mode()
+    def __call__(self, clips: Sequence[Clip]) -> np.ndarray:
+        lengths = [len(clip.samples) for clip in clips]
+        batches = batches_by_length(lengths, self.batch_size)
+        outputs = [self._encode([clips[position] for position in batch]) for batch in batches]
+        vectors = np.empty((len(clips), self.encoder.dim), np.float32)
+        vectors[[position for batch in batches for position in batch]] = torch.cat(outputs).float().cpu().numpy()
+        return vectors
+
+    def _encode(self, clips: Sequence[Clip]) -> torch.Tensor:
+        longest = max(len(clip.samples) for clip in clips)
+        pinned = self.device.type == "cuda"
+        dtype = torch.int16 if clips[0].samples.dtype == np.int16 else torch.float32
+        padded = torch.zeros((len(clips), longest), dtype=dtype, pin_memory=pinned)
+        host = padded.numpy()
+        for row, clip in enumerate(clips):
+            host[row, : len(clip.samples)] = clip.samples
+        lengths = torch.tensor([len(clip.samples) for clip in clips])
+        self.samples += int(lengths.sum())
+        self.padded_samples += padded.numel()
+        waveforms = padded.to(self.device, non_blocking=True)
+        if dtype is torch.int16:
+            scales = torch.tensor([clip.scale for clip in clips], dtype=torch.float32)
+            waveforms = waveforms.float().mul_(scales.to(self.device, non_blocking=True)[:, None])
+        return self.encoder(waveforms, lengths)  # it wants the lengths on the CPU

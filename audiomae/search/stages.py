@@ -1,0 +1,204 @@
+"""The embedding job's stages, as callables that Ray Data maps over the shards of a plan (and anything else could).
+
+A row is one shard in, one `ShardReport` out. `FusedStage` decodes and encodes in one process: best where both run on
+the same cores, since nothing crosses between processes. `decode_shards` and `EncodeStage` split the two, for encoders
+on a GPU: windows cross as int16 (`payload.py`).
+"""
+
+import faulthandler
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from functools import partial
+
+import pyarrow as pa
+import torch
+
+from audiomae.config import StrictConfig
+from audiomae.model.encoder import AudioEncoder
+from audiomae.search.decoding import Clip, Decode, IsolatedDecoder, Item, decode_item
+from audiomae.search.embedder import BatchEncoder, ShardResult, embed_shard
+from audiomae.search.payload import Payload
+from audiomae.search.plan import ShardEntry, read_shard_items
+from audiomae.search.shards import EmbedSettings, commit_shard
+from audiomae.storage import IntegrityError
+
+REPORT_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("status", pa.string()),  # committed | duplicate | error
+        ("message", pa.string()),
+        ("worker", pa.string()),
+        ("inputs", pa.int64()),
+        ("clips", pa.int64()),
+        ("failed", pa.int64()),
+        ("audio_s", pa.float64()),
+        ("decode_s", pa.float64()),
+        ("encode_s", pa.float64()),
+        ("write_s", pa.float64()),
+        ("began", pa.float64()),
+        ("ended", pa.float64()),
+    ]
+)
+
+
+class EmbedJob(StrictConfig):
+    """All a worker needs to know; it travels with every stage."""
+
+    out: str
+    encoder: str
+    root: str
+    settings: EmbedSettings
+    manifest: str
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
+    threads: int = 1
+    isolate: bool = False
+    stall_timeout_s: float = 600.0
+
+
+def decoder_of(job: EmbedJob) -> Decode:
+    """How this job decodes an item: here, guarded by a watchdog, or in a child process."""
+    if job.isolate:
+        return IsolatedDecoder(job.root, job.settings, job.stall_timeout_s)
+    return partial(_watched, job)
+
+
+def _watched(job: EmbedJob, item: Item) -> Iterator[Clip]:
+    """Decode here; a decoder stuck in a C library ends this process, so that the shard is retried in isolation."""
+    try:
+        faulthandler.dump_traceback_later(job.stall_timeout_s, exit=True)
+        for clip in decode_item(item, job.root, job.settings):
+            faulthandler.cancel_dump_traceback_later()
+            yield clip
+            faulthandler.dump_traceback_later(job.stall_timeout_s, exit=True)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class _Embedder:
+    """What both encoding stages share: the loaded encoder, the commit, the report."""
+
+    def __init__(self, job: EmbedJob) -> None:
+        torch.set_num_threads(job.threads)
+        self.job = job
+        encoder = AudioEncoder.load(job.encoder, device=job.device, dtype=job.dtype)
+        if encoder.fingerprint != job.settings.fingerprint:
+            raise IntegrityError(
+                f"{job.encoder}: fingerprint {encoder.fingerprint}, expected {job.settings.fingerprint} (the plan): "
+                "the encoder was replaced while the job ran; restore it or embed into a fresh folder"
+            )
+        self.encode = BatchEncoder(encoder, job.batch_size)
+        self.worker = f"{threading.get_native_id()}"
+
+    def commit(self, entry: ShardEntry, result: ShardResult, began: float) -> Item:
+        """Commit a shard and report on it."""
+        write_began = time.time()
+        job = self.job
+        won = commit_shard(
+            job.out,
+            entry.name,
+            result.table,
+            result.failures,
+            settings=job.settings,
+            manifest=job.manifest,
+            inputs=entry.items,
+            audio_s=result.audio_s,
+        )
+        ended = time.time()
+        return {
+            "shard": entry.name,
+            "status": "committed" if won else "duplicate",
+            "worker": self.worker,
+            "inputs": entry.items,
+            "clips": result.table.num_rows,
+            "failed": result.failures.num_rows,
+            "audio_s": result.audio_s,
+            "decode_s": result.decode_s,
+            "encode_s": result.encode_s,
+            "write_s": ended - write_began,
+            "began": began,
+            "ended": ended,
+        }
+
+
+class FusedStage(_Embedder):
+    """Shard entries in, reports out; decoding and encoding alternate in this process."""
+
+    def __init__(self, job: EmbedJob) -> None:
+        super().__init__(job)
+        self.decode = decoder_of(job)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return _reports([self._embed(ShardEntry.model_validate_json(text)) for text in batch["entry"].to_pylist()])
+
+    def _embed(self, entry: ShardEntry) -> Item:
+        began = time.time()
+        try:
+            items = read_shard_items(self.job.out, entry)
+            result = embed_shard(items, self.decode, self.encode, self.job.settings)
+            return self.commit(entry, result, began)
+        except Exception:
+            return _error(entry, began)
+
+
+def decode_shards(job: EmbedJob, batch: pa.Table) -> pa.Table:
+    """Shard entries in; out, one row per shard: its entry and its decoded windows as one Arrow IPC buffer."""
+    torch.set_num_threads(1)
+    decode = decoder_of(job)
+    buffers = []
+    for text in batch["entry"].to_pylist():
+        payload = Payload(began=time.time())
+        items = read_shard_items(job.out, ShardEntry.model_validate_json(text))
+        for number, item in enumerate(items.to_pylist()):
+            payload.decode(number, item, decode)
+        buffers.append(payload.pack())
+    if isinstance(decode, IsolatedDecoder):
+        decode.close()
+    return pa.table({"entry": batch["entry"], "payload": pa.array(buffers, pa.large_binary())})
+
+
+class EncodeStage(_Embedder):
+    """Shard entries with decoded windows in, reports out.
+
+    Two calls may run at once: while one encodes, the other unpacks, builds its table or commits.
+    """
+
+    def __init__(self, job: EmbedJob) -> None:
+        super().__init__(job)
+        self.lock = threading.Lock()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        entries = [ShardEntry.model_validate_json(text) for text in batch["entry"].to_pylist()]
+        payloads = [scalar.as_buffer() for scalar in batch["payload"].combine_chunks()]
+        return _reports([self._embed(*pair) for pair in zip(entries, payloads, strict=True)])
+
+    def _embed(self, entry: ShardEntry, buffer: pa.Buffer) -> Item:
+        payload = Payload.unpack(buffer)
+        try:
+            items = read_shard_items(self.job.out, entry)
+            decode = decoder_of(self.job)
+            with self.lock:
+                result = embed_shard(items, partial(payload.replay, otherwise=decode), self.encode, self.job.settings)
+            result.decode_s += payload.decode_s
+            return self.commit(entry, result, payload.began)
+        except Exception:
+            return _error(entry, payload.began)
+
+
+def _reports(rows: list[Item]) -> pa.Table:
+    return pa.Table.from_pylist(rows, REPORT_SCHEMA)
+
+
+def _error(entry: ShardEntry, began: float) -> Item:
+    """The report of a shard that could not be finished (storage down, a bug); it stays uncommitted."""
+    return {
+        "shard": entry.name,
+        "status": "error",
+        "message": traceback.format_exc(limit=-3),
+        "inputs": entry.items,
+        "began": began,
+        "ended": time.time(),
+    }

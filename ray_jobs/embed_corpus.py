@@ -1,0 +1,328 @@
+"""Embed a corpus of audio files into sharded Parquet, exactly once, however often the job is killed and relaunched.
+
+The corpus is listed and planned once; every shard of the plan is then decoded, encoded and committed by a Ray Data
+pipeline. The same command again embeds what is not committed yet, and does nothing when all is.
+"""
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, model_validator
+
+from audiomae.cli import UserError, job_parser, run_job
+from audiomae.config import StrictConfig, load_config
+from audiomae.corpus.manifest import Corpus, list_corpus
+from audiomae.model.encoder import AudioEncoder
+from audiomae.search.plan import Plan, load_plan, new_plan, normalise_listing, read_items
+from audiomae.search.shards import EmbeddingSet, EmbedSettings, collect_garbage, map_ahead, read_receipts
+from audiomae.search.stages import EmbedJob
+from audiomae.search.update import copy_shard, difference, updated_plan
+from audiomae.storage import to_path, write_json
+from ray_jobs._embed_estimate import estimate
+from ray_jobs._embedding import Topology, choose_topology, cluster_size, probe_durations, run_passes
+from ray_jobs._ray import connect
+
+ENCODER_KINDS = ("official:", "timm:local-dir:")
+EXAMPLE = (
+    "python ray_jobs/embed_corpus.py --encoder runs/first/encoder --corpus sounds/ --out emb --window-s 5 --hop-s 5"
+)
+
+
+class EmbedConfig(StrictConfig):
+    """All settings of the job; each is a flag of the same name.
+
+    Attributes:
+        window_s: window length; default: the encoder's own. hop_s: default: window_s.
+        per_file: one vector per file, the mean over its windows.
+        retry_failed: embed again the files in failures/.
+        update: take over a changed corpus: embed what is new or changed, drop what vanished.
+        max_failure_rate: exit with status 1 when more of the files than this failed.
+        topology: fused = decode and encode in the same workers; split = decode tasks feed encode workers; auto = split
+            where there are GPUs.
+        workers: encode workers; default: one per CPU (fused) or GPU (split). threads: of each, for torch.
+        batch_size: windows per encoder call; default: 32 on a CPU, 256 on a GPU.
+        shard_minutes: audio per shard, about; default: by the corpus' size, 5 to 30.
+        stall_timeout_s: a file that gives no audio for so long is given up.
+    """
+
+    encoder: str
+    corpus: str
+    out: str
+    window_s: float | None = Field(None, gt=0)
+    hop_s: float | None = Field(None, gt=0)
+    per_file: bool = False
+    retry_failed: bool = False
+    update: bool = False
+    dry_run: bool = False
+    max_failure_rate: float = Field(0.5, ge=0, le=1)
+    topology: Literal["auto", "fused", "split"] = "auto"
+    workers: int | None = Field(None, ge=1)
+    threads: int = Field(1, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    vector_dtype: Literal["float32", "float16"] = "float32"
+    shard_minutes: float | None = Field(None, gt=0)
+    stall_timeout_s: float = Field(600.0, gt=0)
+    price_per_hour: float | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "EmbedConfig":
+        if self.hop_s is not None and self.window_s is None:
+            raise ValueError("hop_s needs window_s")
+        return self
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job; 0, or 1 when too much failed or something is left to do."""
+    began = time.time()
+    config = parse_arguments(argv)
+    settings = embed_settings(config)
+    corpus = list_corpus(config.corpus)
+    listing, duplicates = normalise_listing(corpus.batches())
+    if duplicates:
+        print(f"{duplicates:,} rows of the corpus repeat a uri; the first of each is used")
+    if config.dry_run:
+        for name, value in estimate(config.encoder, settings, corpus.root, listing).items():
+            print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value:,}")
+        return 0
+    plan = plan_in_force(config, settings, corpus, listing)
+    reports, skipped, topology = embed(config, plan)
+    return finish(config, plan, summarise(config, plan, reports, skipped, topology, time.time() - began))
+
+
+def parse_arguments(argv: list[str] | None) -> EmbedConfig:
+    """Flags, config files and `--set` -> the resolved config."""
+    parser = job_parser(__doc__ or "", EXAMPLE)
+    for name, field in EmbedConfig.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_const", const=True)
+        else:
+            parser.add_argument(flag, metavar=name.upper())
+    arguments = vars(parser.parse_args(argv))
+    files, sets = arguments.pop("config"), arguments.pop("sets")
+    config = load_config(EmbedConfig, files, sets, arguments)
+    return config.model_copy(update={"encoder": absolute(config.encoder)})
+
+
+def absolute(encoder: str) -> str:
+    """The encoder string with a local path made absolute: workers may run in another folder."""
+    kind, path = next(
+        ((kind, encoder.removeprefix(kind)) for kind in ENCODER_KINDS if encoder.startswith(kind)), ("", encoder)
+    )
+    is_path = bool(kind) or ("://" not in path and not encoder.startswith("timm:"))
+    return f"{kind}{Path(path).expanduser().absolute()}" if is_path else encoder
+
+
+def embed_settings(config: EmbedConfig) -> EmbedSettings:
+    """What decides the vectors: the encoder's fingerprint and the windowing."""
+    try:
+        encoder = AudioEncoder.load(config.encoder, device="cpu", dtype="float32")
+    except FileNotFoundError as error:
+        raise UserError(f"--encoder {config.encoder}: {error}") from None
+    window_s = config.window_s or encoder.window_s
+    return EmbedSettings(
+        fingerprint=encoder.fingerprint,
+        dim=encoder.dim,
+        sample_rate=encoder.sample_rate,
+        mode="file" if config.per_file else "windows",
+        window_s=window_s,
+        hop_s=config.hop_s or window_s,
+        vector_dtype=config.vector_dtype,
+    )
+
+
+def plan_in_force(config: EmbedConfig, settings: EmbedSettings, corpus: Corpus, listing: pa.Table) -> Plan:
+    """The plan to carry out: a new one, the one that is there, or (`--update`, `--retry-failed`) its next generation.
+
+    Raises:
+        UserError: when what is there was made with another encoder, windowing or corpus.
+    """
+
+    def probe(uris: list[str]) -> list[float | None]:
+        connect()
+        return probe_durations(corpus.root, uris)
+
+    shard_s = config.shard_minutes and config.shard_minutes * 60
+    named: dict[str, Any] = {
+        "encoder": config.encoder,
+        "corpus": config.corpus,
+        "root": corpus.root,
+        "shard_cost_s": shard_s,
+    }
+    plan = load_plan(config.out)
+    if plan is None:
+        return new_plan(config.out, listing, settings, probe, **named)
+    refuse_other_settings(config.out, plan.settings, settings)
+    changes = difference(read_items(config.out, plan), listing)
+    moved = plan.corpus_root != corpus.root
+    if (changes or moved) and not config.update:
+        what = changes.describe() or f"its root is {corpus.root}, it was {plan.corpus_root}"
+        raise UserError(
+            f"{config.out}: the corpus is not the one that was embedded here: {what}; add --update to embed "
+            "what is new or changed and drop what vanished, or choose another --out"
+        )
+    redo = failed_uris(config.out) if config.retry_failed else []
+    if not (changes or moved or redo):
+        return plan
+    print(f"updating the plan: {changes.describe() or f'{len(redo):,} failed files again'}")
+    return updated_plan(config.out, plan, listing, probe, redo=redo, **named)
+
+
+def refuse_other_settings(out: str, old: EmbedSettings, new: EmbedSettings) -> None:
+    """Vectors of two encoders or windowings never share a folder, not even through `--update`."""
+    before, now = old.model_dump(), new.model_dump()
+    differs = [f"{name} is {now[name]}, it was {before[name]}" for name in now if now[name] != before[name]]
+    if differs:
+        raise UserError(f"{out} holds embeddings made otherwise: {'; '.join(differs)}; choose another --out")
+
+
+def failed_uris(out: str) -> list[str]:
+    """The files in failures/ of what is committed."""
+    return pc.unique(EmbeddingSet.open(out).failures()["uri"]).to_pylist()
+
+
+def embed(config: EmbedConfig, plan: Plan) -> tuple[list[dict[str, Any]], int, Topology | None]:
+    """Commit every shard that is not committed yet; the shards' reports, and how many files were done before."""
+    write_json(to_path(config.out) / "run.json", run_record(config, plan, "running"))
+    committed = read_receipts(config.out, [entry.name for entry in plan.shards])
+    skipped = sum(receipt.inputs for receipt in committed.values())
+    pending = [entry for entry in plan.shards if entry.name not in committed]
+    copies = [entry for entry in pending if entry.base]
+    for _ in map_ahead(lambda entry: copy_shard(config.out, plan, entry), copies):
+        pass
+    skipped += sum(entry.items for entry in copies)
+    pending = [entry for entry in pending if not entry.base]
+    if skipped:
+        print(f"{skipped:,} of {plan.num_items:,} files are embedded already and skipped")
+    if not pending:
+        return [], skipped, None
+    connect()
+    topology = choose_topology(config.topology, config.workers, len(pending), *cluster_size())
+    print(f"{sum(entry.items for entry in pending):,} files in {len(pending):,} shards, {topology.describe()}")
+    job = EmbedJob(
+        out=str(to_path(config.out)),
+        encoder=config.encoder,
+        root=plan.corpus_root,
+        settings=plan.settings,
+        manifest=plan.manifest_hash,
+        device=config.device,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
+        threads=config.threads,
+        stall_timeout_s=config.stall_timeout_s,
+    )
+    return run_passes(job, plan, pending, topology), skipped, topology
+
+
+def summarise(
+    config: EmbedConfig,
+    plan: Plan,
+    reports: list[dict[str, Any]],
+    skipped: int,
+    topology: Topology | None,
+    elapsed_s: float,
+) -> dict[str, Any]:
+    """What the final line and run.json say of this run; rates count from the first file to the last."""
+    done = [report for report in reports if report["status"] == "committed"]
+    totals = {name: sum(report[name] for report in done) for name in ("inputs", "clips", "audio_s")}
+    summary: dict[str, Any] = {**totals, "skipped": skipped, "elapsed_s": round(elapsed_s, 3)}
+    if done and topology:
+        wall_s = max(report["ended"] for report in done) - min(report["began"] for report in done)
+        shares = stage_shares(done, topology, wall_s)
+        summary |= {
+            "wall_s": wall_s,
+            "clips_per_s": totals["clips"] / wall_s,
+            "x_real_time": totals["audio_s"] / wall_s,
+        }
+        summary |= {
+            "topology": topology.kind,
+            "stages": shares,
+            "bottleneck": max(shares, key=lambda name: shares[name]),
+        }
+        if config.price_per_hour is not None and totals["audio_s"]:
+            summary["cost_per_1000_audio_hours"] = config.price_per_hour * elapsed_s / totals["audio_s"] * 1000
+    return summary
+
+
+def stage_shares(reports: list[dict[str, Any]], topology: Topology, wall_s: float) -> dict[str, float]:
+    """How busy each stage's workers were, 0 to 1: the busiest holds the others up."""
+    slots = {"decode": topology.decoders or topology.encoders, "encode": topology.encoders, "write": topology.encoders}
+    return {
+        stage: round(sum(report[f"{stage}_s"] for report in reports) / (count * wall_s), 3)
+        for stage, count in slots.items()
+    }
+
+
+def finish(config: EmbedConfig, plan: Plan, summary: dict[str, Any]) -> int:
+    """Clean up, record, print the final line; the exit status."""
+    embeddings = EmbeddingSet.open(config.out)
+    receipts = embeddings.receipts.values()
+    failed, inputs = sum(receipt.failed for receipt in receipts), sum(receipt.inputs for receipt in receipts)
+    complete = embeddings.complete
+    if complete:
+        collect_garbage(config.out)
+    counts = {"inputs": plan.num_items, "embedded": inputs - failed, "failed": failed, "rows": embeddings.num_rows}
+    record = run_record(config, plan, "complete" if complete else "incomplete") | counts | {"last_run": summary}
+    write_json(to_path(config.out) / "run.json", record)
+    print(final_line(summary, failed))
+    print(
+        f"inputs {plan.num_items:,} = embedded {inputs - failed:,} + failed {failed:,}"
+        + ("" if complete else " + unfinished")
+    )
+    for error_class, count in failure_counts(embeddings):
+        print(f"  {count:,} {error_class}")
+    print(f"{embeddings.num_rows:,} embeddings in {config.out}")
+    if not complete:
+        raise UserError(
+            f"{plan.num_items - inputs:,} files were not finished; the same command again goes on with them"
+        )
+    if not embeddings.num_rows:
+        raise UserError(f"no file of the corpus could be decoded; the reasons are in {config.out}/failures")
+    if failed > config.max_failure_rate * plan.num_items:
+        share = failed / plan.num_items
+        raise UserError(f"{share:.1%} of the files failed, more than --max-failure-rate {config.max_failure_rate:.1%}")
+    return 0
+
+
+def final_line(summary: dict[str, Any], failed: int) -> str:
+    """Clips, audio hours, speed, failures, skipped, bottleneck, cost."""
+    if "wall_s" not in summary:
+        return f"nothing to do: {summary['skipped']:,} files were embedded before, {failed:,} of them failed"
+    parts = [
+        f"{summary['clips']:,} clips, {summary['audio_s'] / 3600:,.2f} audio hours in {summary['wall_s']:,.1f} s",
+        f"{summary['clips_per_s']:,.1f} clips/s, {summary['x_real_time']:,.0f}x real time",
+        f"{failed:,} failed, {summary['skipped']:,} skipped",
+        f"bottleneck {summary['bottleneck']} ("
+        + ", ".join(f"{name} {share:.0%}" for name, share in summary["stages"].items())
+        + " busy)",
+    ]
+    if "cost_per_1000_audio_hours" in summary:
+        parts.append(f"{summary['cost_per_1000_audio_hours']:,.2f} per 1,000 audio hours")
+    return "; ".join(parts)
+
+
+def failure_counts(embeddings: EmbeddingSet) -> list[tuple[str, int]]:
+    """Error classes of all failures, most frequent first."""
+    counts = embeddings.failures().group_by("error_class").aggregate([("uri", "count")]).to_pylist()
+    return sorted(((row["error_class"], row["uri_count"]) for row in counts), key=lambda pair: -pair[1])
+
+
+def run_record(config: EmbedConfig, plan: Plan, status: str) -> dict[str, Any]:
+    """run.json: what a reader needs to know of the folder."""
+    record: dict[str, Any] = {
+        "status": status,
+        "encoder": plan.encoder,
+        "corpus": plan.corpus,
+        "corpus_root": plan.corpus_root,
+    }
+    record |= {"manifest_hash": plan.manifest_hash, "generation": plan.generation, "config": config.model_dump()}
+    return plan.settings.model_dump() | record
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -238,11 +238,12 @@ def check_vectors(vectors: Sequence[Sequence[float]], dim: int, limit: int) -> n
             detail = f"vectors[{row}] has {len(vector)} numbers; this index needs {dim}"
             raise Problem(422, "vector_dim_mismatch", detail, expected=dim, got=len(vector))
     queries = np.asarray(vectors, np.float64)
-    norms = np.linalg.norm(queries, axis=1, keepdims=True)
-    if not norms.all():
-        detail = f"vectors[{int(np.argmin(norms[:, 0]))}] is all zeros and has no direction"
+    peaks = np.abs(queries).max(axis=1, keepdims=True)
+    if not peaks.all():
+        detail = f"vectors[{int(np.argmin(peaks[:, 0]))}] is all zeros and has no direction"
         raise Problem(422, "zero_vector", detail)
-    return (queries / norms).astype(np.float32)
+    queries /= peaks  # so that no square overflows or vanishes
+    return (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
 
 
 def merge_rankings(rankings: list[list[Ranked]]) -> list[Ranked]:

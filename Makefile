@@ -41,7 +41,7 @@ bench: $(STAMP) ## every measurement side by side; JSON lands in docs/benchmarks
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 serve: $(STAMP) ## serve the demo's index on http://127.0.0.1:8000
-	$(BIN)/serve run serve.app:build index=demo/index
+	$(BIN)/serve run serve.app:build index=demo/trained/index
 
 clean: ## remove what the demo and the tools wrote (not .venv)
 	rm -rf demo runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,5 +1,6 @@
 """Connecting to Ray the same way in every job."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # the jobs print their own progress
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):

@@ -1,0 +1,89 @@
+"""`ray start --head`, then the jobs as their users start them: `ray job submit --working-dir . -- python ...`."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from audiomae.corpus.synthetic import generate
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BIN = Path(sys.executable).parent
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[dict[str, str]]:
+    """The environment of a client of a freshly started head node."""
+    dashboard = _free_port()
+    env = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS"}}
+    env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    with tempfile.TemporaryDirectory(prefix="ray-") as temp:
+        command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={_free_port()}"]
+        command += [f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--num-cpus=4"]
+        command += ["--object-store-memory=400000000", "--ray-client-server-port=0", "--disable-usage-stats"]
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            _wait_for_dashboard(f"http://127.0.0.1:{dashboard}/api/version", process)
+            yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+def _wait_for_dashboard(url: str, process: subprocess.Popen[bytes]) -> None:
+    transport = httpx.HTTPTransport(retries=0)
+    with httpx.Client(transport=transport, timeout=5) as client:
+        while process.poll() is None:
+            try:
+                if client.get(url).status_code == 200:
+                    return
+            except httpx.TransportError:
+                process.poll()
+    raise AssertionError(f"ray start ended with {process.returncode}")
+
+
+def _submit(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "ray", "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, *command],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def test_train_and_embed_as_submitted_jobs(head: dict[str, str], tmp_path: Path) -> None:
+    corpus = generate(tmp_path / "corpus", num_clips=40, seed=3, bad_files=True)
+    train = ["ray_jobs/train.py", "--config", "ray_jobs/recipes/debug.yaml", "--corpus", str(corpus)]
+    done = _submit(head, *train, "--storage", str(tmp_path / "runs"), "--name", "submitted")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    encoder = tmp_path / "runs" / "submitted" / "encoder"
+    assert (encoder / "model.safetensors").exists()
+
+    embed = ["ray_jobs/embed_corpus.py", "--encoder", str(encoder), "--corpus", str(corpus), "--per-file"]
+    done = _submit(head, *embed, "--out", str(tmp_path / "embeddings"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "SUCCEEDED" in done.stdout.upper()
+    assert (tmp_path / "embeddings" / "run.json").exists()
+
+
+def test_a_failing_job_has_the_right_exit_status(head: dict[str, str], tmp_path: Path) -> None:
+    done = _submit(head, "ray_jobs/train.py", "--set", "modle.size=tiny", "--corpus", str(tmp_path), "--name", "x")
+    assert done.returncode != 0
+    assert "modle" in done.stdout + done.stderr

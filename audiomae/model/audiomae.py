@@ -218,8 +218,10 @@ class AudioMAE(nn.Module):
             MacaronBlock(config.embed_dim, config.num_heads, config.mlp_ratio, config.ffn2_norm, rate) for rate in rates
         )
         self.norm = layer_norm(config.embed_dim)
-        self.decoder = Decoder(config) if decoder else None
         self.apply(_init_weights)
+        self.decoder = (
+            Decoder(config).apply(_init_weights) if decoder else None
+        )  # last: a seed's encoder is one either way
 
     @property
     def dim(self) -> int:

@@ -7,6 +7,7 @@ encoder.save("elsewhere")                            # config.json + model.safet
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -106,7 +107,7 @@ class AudioEncoder(nn.Module):
         self.compute_dtype = torch.float32
         self._text_tower: TextTower | None = None
         self._text_source: Path | None = None
-        self._known_fingerprint: tuple[int, str] | None = None
+        self._known_fingerprint: tuple[object, str] | None = None
 
     # --- make, save, load -------------------------------------------------------------------------------------------
 
@@ -146,7 +147,10 @@ class AudioEncoder(nn.Module):
             encoder = cls._load_dir(text, with_decoder)
         chosen = _pick_device(device)
         encoder.compute_dtype = _pick_dtype(dtype, chosen)
-        return encoder.to(chosen).eval()
+        known = encoder.fingerprint
+        encoder.to(chosen).eval()
+        encoder._known_fingerprint = (encoder._stamp(), known)
+        return encoder
 
     def with_pooling(self, pooling: PoolingName) -> "AudioEncoder":
         """A new encoder, the same weights pooled in another way; ValueError if a projection was trained on this one."""
@@ -168,7 +172,7 @@ class AudioEncoder(nn.Module):
                 f"{uri}: no encoder here ({CONFIG_FILE} not found); expected a directory written by AudioEncoder.save, "
                 "or official:PATH, timm:NAME, timm:local-dir:PATH"
             )
-        local = fetch_dir(path)
+        local = fetch_dir(uri)
         try:
             saved = read_json(local / CONFIG_FILE)
             config = build_config(EncoderConfig, saved.get("config", {}))
@@ -196,6 +200,7 @@ class AudioEncoder(nn.Module):
     def save(self, directory: str | PathLike[str], with_decoder: bool = False) -> None:
         """Write `config.json` and `model.safetensors` (and `text/` with a text tower) to a local or s3:// directory."""
         target = to_path(directory)
+        self._known_fingerprint = None
         weights = {
             name: value.detach().cpu().contiguous()
             for name, value in self.state_dict().items()
@@ -203,9 +208,9 @@ class AudioEncoder(nn.Module):
         }
         if self.config.text:
             self._save_text(target / TEXT_SUBDIR)
-        write_bytes(target / WEIGHTS_FILE, to_safetensors(weights))
+        write_bytes(str(target / WEIGHTS_FILE), to_safetensors(weights))
         write_json(
-            target / CONFIG_FILE,
+            str(target / CONFIG_FILE),
             {
                 "config": self.config.model_dump(mode="json"),
                 "fingerprint": self.fingerprint,
@@ -253,18 +258,23 @@ class AudioEncoder(nn.Module):
 
         Neither device, compute dtype, decoder nor text tower enter. Kept until a weight changes.
         """
-        stamp = sum(parameter._version for parameter in self.parameters())
+        stamp = self._stamp()
         if self._known_fingerprint is None or self._known_fingerprint[0] != stamp:
             self._known_fingerprint = (stamp, self._hash())
         return self._known_fingerprint[1]
 
+    def _stamp(self) -> object:
+        """Changes whenever a parameter is replaced or written to in place."""
+        return tuple((id(p), 0 if p.is_inference() else p._version) for p in self.parameters())
+
     def summary(self) -> dict[str, Any]:
         """Parameters (of the encoder, in all), FLOPs of one window, window, dim, rate: what a reader asks first."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
         window = torch.zeros(1, round(self.window_s * self.sample_rate), device=self.device)
         counter = FlopCounterMode(display=False)
-        with torch.inference_mode(), counter:
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:  # fused attention would not be counted
             self(window)
         return {
             "backbone": self.config.backbone.kind,
@@ -391,7 +401,7 @@ class AudioEncoder(nn.Module):
         if isinstance(clip, str | PathLike):
             from audiomae.corpus.decode import decode
 
-            return torch.from_numpy(decode(Path(clip), self.sample_rate))
+            return torch.from_numpy(decode(os.fspath(clip), self.sample_rate))
         waveform = torch.as_tensor(clip).detach().float().cpu()
         if waveform.dim() != 1 or len(waveform) == 0:
             raise ValueError(

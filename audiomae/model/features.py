@@ -147,6 +147,8 @@ class LogMel(nn.Module):
             x = self._normalized(frames, counts.to(frames.device), mask).unsqueeze(1)
             if self.config.resize_time != 1.0 or self.config.out_mels != self.config.n_mels:
                 x, counts = self._resize(x), self._resized(counts)
+                if mask is not None:
+                    x = x * _row_mask(counts.to(x.device), x.shape[2])[:, None, :, None]
         return Spectrogram(x, counts)
 
     def _raw_frame_counts(self, lengths: Tensor) -> Tensor:

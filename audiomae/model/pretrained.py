@@ -108,7 +108,7 @@ def read_official(path: str, with_decoder: bool = True) -> AudioMAE:
     """The network of an official AudioMAE++ `.pth` (or its directory), with the official block's norm2 quirk."""
     where = to_path(path)
     remote_file = not is_local(where) and path.endswith(".pth")
-    local = fetch_dir(where.parent if remote_file else where)
+    local = fetch_dir(str(where.parent if remote_file else where))
     checkpoint, config_file = _find_official(local / where.name if remote_file else Path(local))
     config = _official_config(config_file)
     weights = _read_state_dict(checkpoint)

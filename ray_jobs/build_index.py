@@ -5,7 +5,6 @@ so and does nothing. More embedding sets, or an embedding set that grew, extend 
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -132,7 +131,10 @@ def _save_encoder(
     from audiomae.model.encoder import AudioEncoder
 
     uri = given or sets[0].encoder
-    encoder = AudioEncoder.load(uri, device="cpu")
+    try:
+        encoder = AudioEncoder.load(uri, device="cpu")
+    except FileNotFoundError as error:
+        raise UserError(f"--encoder {uri}: {error}") from None
     if encoder.fingerprint != fingerprint:
         raise IntegrityError(
             f"--encoder {uri}: fingerprint {encoder.fingerprint}, expected {fingerprint} as the embeddings; name the "
@@ -159,9 +161,8 @@ def _make_parts(work: Plan, parts_dir: str, config: BuildConfig) -> str | None:
 def _run_train(work: Plan, parts_dir: str, config: BuildConfig) -> str:
     import ray
 
-    cpus = int(max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1))
-    task = ray.remote(build.train).options(num_cpus=cpus)
-    return str(_get(task.remote(work.spec, work.parts, parts_dir, config.seed, min(cpus, os.cpu_count() or 1))))
+    # one Ray CPU, so that it starts beside anything; k-means uses all cores of its machine for the moment it takes
+    return str(_get(ray.remote(build.train).remote(work.spec, work.parts, parts_dir, config.seed)))
 
 
 def _run_tasks(label: str, function: Callable[..., dict[str, Any]], calls: Sequence[tuple[Any, ...]]) -> None:

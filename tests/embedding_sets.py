@@ -44,8 +44,12 @@ def make_set(
     encoder: str = "nowhere",
     shards: int = 3,
     generation: int = 0,
+    kept: Sequence[str] = (),
 ) -> EmbeddingSet:
-    """An embedding set with these vectors (row i is the whole file `names[i]`), as embed_corpus.py leaves it."""
+    """An embedding set with these vectors (row i is the whole file `names[i]`), as embed_corpus.py leaves it.
+
+    A later `generation` in the same folder stands for an update: `kept` are the older shards still in force.
+    """
     uris = list(names) if names is not None else [f"{i:06d}.wav" for i in range(len(vectors))]
     settings = EmbedSettings(
         fingerprint=fingerprint, dim=vectors.shape[1], sample_rate=16000, mode="file", window_s=0.0, hop_s=0.0
@@ -62,20 +66,21 @@ def make_set(
     )
     schema = embedding_schema(settings, [table.schema.field(name) for name in columns or {}])
     edges = np.linspace(0, len(uris), shards + 1).astype(int)
+    fresh = [f"{generation:06d}-{number:06d}" for number in range(shards)]
     plan = {
         "generation": generation,
         "settings": settings.model_dump(),
-        "shards": [{"name": f"{generation:06d}-{number:06d}"} for number in range(shards)],
+        "shards": [{"name": name} for name in [*kept, *fresh]],
         "files": [],
     }
     run = {"fingerprint": fingerprint, "dim": vectors.shape[1], "encoder": encoder, "corpus_root": root}
     storage.write_json(directory / "run.json", run)
     storage.write_json(directory / "manifest" / f"plan-{generation:06d}.json", plan)
-    for number, entry in enumerate(plan["shards"]):
+    for number, name in enumerate(fresh):
         piece = table.slice(edges[number], edges[number + 1] - edges[number]).cast(schema)
         commit_shard(
             directory,
-            entry["name"],
+            name,
             piece,
             FAILURE_SCHEMA.empty_table(),
             settings=settings,
@@ -121,6 +126,7 @@ def make_release(
         dim = int(base.info["dim"]) if base else sets[0].dim
         build.assemble(work, parts_dir, trained, dim, staging)
         fingerprint = base.fingerprint if base else sets[0].fingerprint
+        storage.write_json(staging / "encoder" / "config.json", {"fingerprint": fingerprint})
         spec = work.spec if work.spec.nprobe > 1 else work.spec.model_copy(update={"nprobe": 8})
         facts = {
             "fingerprint": fingerprint,

@@ -81,13 +81,13 @@ def held_out(ids: np.ndarray) -> np.ndarray:
     return ids % HELD_OUT == 0
 
 
-def train(spec: IndexSpec, parts: Sequence[Part], parts_dir: str, seed: int, threads: int = 1) -> str:
+def train(spec: IndexSpec, parts: Sequence[Part], parts_dir: str, seed: int) -> str:
     """Train the index on a sample of the parts, unless that was done before; return where it lies."""
     name = storage.sha256_bytes(storage.encode_json([spec.factory, seed, [part.key for part in parts]]))[:16]
     target = storage.to_path(parts_dir) / f"trained-{name}"
     if not _receipt(target):
         vectors = sample(parts, parts_dir, spec.nlist * ann.TRAIN_ROWS_PER_LIST, seed)
-        with _working_dir(target) as work, ann.threads(threads):
+        with _working_dir(target) as work, ann.threads(os.cpu_count() or 1):
             ann.train(spec, vectors, work / ann.TRAINED_FILE, seed)
         _write_receipt(target, [ann.TRAINED_FILE], {"rows": len(vectors)})
     return str(target / ann.TRAINED_FILE)

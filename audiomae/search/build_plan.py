@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from audiomae import storage
 from audiomae.cli import UserError
@@ -38,13 +39,13 @@ class BuildConfig(StrictConfig):
         seed: of the training sample and k-means.
     """
 
-    recall: float = 0.95
-    memory_gib: float | None = None
-    rows_per_part: int = 500_000
-    min_parts: int = 2
-    flat_max_rows: int = ann.FLAT_MAX_ROWS
-    compact_share: float = 0.1
-    queries: int = 500
+    recall: float = Field(default=0.95, ge=0)
+    memory_gib: float | None = Field(default=None, gt=0)
+    rows_per_part: int = Field(default=250_000, gt=0)
+    min_parts: int = Field(default=2, gt=0)
+    flat_max_rows: int = Field(default=ann.FLAT_MAX_ROWS, ge=100)
+    compact_share: float = Field(default=0.1, ge=0, le=1)
+    queries: int = Field(default=500, gt=0)
     keep_parts: bool = True
     seed: int = 0
 

@@ -26,8 +26,8 @@ import numpy as np
 from audiomae.cli import UserError
 from audiomae.config import StrictConfig
 from audiomae.search import release as releases
-from audiomae.search.items import Items
-from audiomae.storage import IntegrityError
+from audiomae.search.items import FilterError, Items
+from audiomae.storage import IntegrityError, read_json
 
 VECTORS_FILE, INDEX_FILE, TRAINED_FILE = "vectors.faiss", "index.faiss", "trained.faiss"
 IDS_FILE, DELETED_FILE, BLOCKED_FILE = "ids.npy", "deleted.npy", "blocked_ids.npy"
@@ -312,9 +312,10 @@ class AudioIndex:
             fingerprint: that of the encoder that will make the queries; checked when given.
 
         Raises:
-            UserError: no such release. IntegrityError: a damaged file, or another encoder.
+            UserError: no such release. IntegrityError: a damaged file, or an encoder that does not belong to it.
         """
         index = cls(releases.fetch(releases.resolve(index_dir, version)))
+        index.check_fingerprint(read_json(index.encoder_dir / "config.json")["fingerprint"])
         if fingerprint is not None:
             index.check_fingerprint(fingerprint)
         return index
@@ -413,7 +414,10 @@ class AudioIndex:
     def _selection_for(self, where: Mapping[str, Any] | None) -> Selection | None:
         if not where:
             return None if self._live is None else self._select("{}")
-        return self._select(json.dumps(where, sort_keys=True, default=str))
+        try:
+            return self._select(json.dumps(where, sort_keys=True, default=lambda value: value.item()))
+        except (TypeError, AttributeError):
+            raise FilterError(f"a filter holds only text, numbers, booleans and null, got {where!r}") from None
 
     def _selection(self, where: str) -> Selection:
         mask = self.table.mask(json.loads(where))

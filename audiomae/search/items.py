@@ -24,7 +24,7 @@ class FilterError(ValueError):
 
 
 class ItemsWriter:
-    """Writes both forms of the items table, batch by batch, as a context manager.
+    """Writes both forms of the items table as a context manager, in batches of `BATCH_ROWS` whatever it is given.
 
     Args:
         directory: where `items.parquet` and `items.arrow` go.
@@ -35,17 +35,26 @@ class ItemsWriter:
         self.schema = schema
         self._parquet = pq.ParquetWriter(directory / "items.parquet", schema, compression="zstd")
         self._arrow = pa.ipc.new_file(str(directory / "items.arrow"), schema)
+        self._waiting = schema.empty_table()
 
     def write(self, table: pa.Table) -> None:
         """Append the rows of `table`."""
-        table = conform(table, self.schema)
-        self._parquet.write_table(table)
-        self._arrow.write_table(table, max_chunksize=BATCH_ROWS)
+        self._waiting = pa.concat_tables([self._waiting, conform(table, self.schema)])
+        whole = self._waiting.num_rows - self._waiting.num_rows % BATCH_ROWS
+        self._flush(self._waiting.slice(0, whole))
+        self._waiting = self._waiting.slice(whole)
+
+    def _flush(self, table: pa.Table) -> None:
+        for start in range(0, table.num_rows, BATCH_ROWS):
+            batch = table.slice(start, BATCH_ROWS).combine_chunks()
+            self._parquet.write_table(batch)
+            self._arrow.write_table(batch)
 
     def __enter__(self) -> "ItemsWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._flush(self._waiting)
         self._parquet.close()
         self._arrow.close()
 
@@ -101,11 +110,15 @@ class Items:
 
     def _condition(self, column: str, condition: Any) -> np.ndarray:
         values = self.table.column(column)
+        if pa.types.is_dictionary(values.type):
+            values = pa.chunked_array([chunk.dictionary_decode() for chunk in values.chunks], values.type.value_type)
         operators = condition if isinstance(condition, dict) else {"in": [condition]}
         mask = np.ones(len(self), dtype=bool)
         for name, operand in operators.items():
             try:
-                if name == "in" and isinstance(operand, list):
+                if name == "in":
+                    if not isinstance(operand, list):
+                        raise FilterError(f"filter on {column!r}: 'in' needs a list, got {operand!r}")
                     found = pc.is_in(values, value_set=pa.array(operand).cast(values.type))
                 elif name in _COMPARE:
                     found = _COMPARE[name](values, pa.scalar(operand).cast(values.type))

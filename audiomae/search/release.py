@@ -226,19 +226,14 @@ def gc(index_dir: str | os.PathLike[str], keep: int = 2) -> list[str]:
     Returns the names removed. The version in force is never removed.
     """
     root = storage.to_path(index_dir)
-    kept: list[str] = []
-    for number in reversed(_history(root)):
-        if (name := _entry(root, number)["version"]) not in kept:
-            kept.append(name)
-    kept = kept[: max(keep, 1)]
+    published = [_entry(root, number)["version"] for number in reversed(_history(root))]
+    kept = list(dict.fromkeys(published))[: max(keep, 1)]
     removed = []
     for path in _versions(root):
-        if path.name in kept:
-            continue
-        if not (path / RELEASE_FILE).exists() and not _is_stale(path):
-            continue  # a build that may still be running
-        _remove(path)
-        removed.append(path.name)
+        # a version that history does not name may be about to be published
+        if path.name not in kept and (path.name in published or _is_stale(path)):
+            _remove(path)
+            removed.append(path.name)
     for path in root.glob(f"{STAGING_PREFIX}*"):
         if time.time() - path.stat().st_mtime > STALE_CLAIM_S:
             _remove(path)

@@ -1,0 +1,197 @@
+"""The build job on real Ray: first build, relaunch, growth, deletion, S3, a killed driver, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from embedding_sets import clusters, make_set, tiny_encoder
+
+from audiomae import AudioEncoder, AudioIndex, storage
+from audiomae.cli import UserError
+from audiomae.config import ConfigError
+from audiomae.corpus.manifest import clip_id
+from audiomae.search import release
+from audiomae.storage import IntegrityError
+from ray_jobs.build_index import main
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+DIM = 32
+IVF = ["--set", "flat_max_rows=100"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> AudioEncoder:
+    """A saved encoder; `.home` is where."""
+    home = tmp_path_factory.mktemp("encoder")
+    made = tiny_encoder(home)
+    made.home = str(home)  # type: ignore[assignment]
+    return made
+
+
+def build(out: Path | str, encoder: AudioEncoder, *dirs: Path | str, extra: list[str] | None = None) -> int:
+    embeddings = ["--embeddings", *map(str, dirs)] if dirs else []
+    return main([*embeddings, "--encoder", str(encoder.home), "--out", str(out), *(extra or [])])
+
+
+def embedded(directory: Path, encoder: AudioEncoder, count: int, seed: int = 0, prefix: str = "") -> np.ndarray:
+    vectors = clusters(count, DIM, seed=seed)
+    names = [f"{prefix}{row}.wav" for row in range(count)]
+    labels = {"label": [f"class{row % 5}" for row in range(count)]}
+    make_set(directory, vectors, names=names, columns=labels, fingerprint=encoder.fingerprint)
+    return vectors
+
+
+@pytest.mark.parametrize("extra", [[], IVF], ids=["flat", "ivf"])
+def test_build_relaunch_grow_delete(
+    tmp_path: Path, encoder: AudioEncoder, capsys: pytest.CaptureFixture[str], extra: list[str]
+) -> None:
+    index_dir = tmp_path / "index"
+    vectors = embedded(tmp_path / "a", encoder, 2000)
+    assert build(index_dir, encoder, tmp_path / "a", extra=extra) == 0
+    assert "published" in capsys.readouterr().out
+    index = AudioIndex.open(index_dir)
+    assert len(index) == 2000 and index.fingerprint == encoder.fingerprint
+    assert AudioEncoder.load(index.encoder_dir).fingerprint == encoder.fingerprint
+    assert [item["uri"] for (item,) in index.search(vectors[:3], k=1).items] == ["0.wav", "1.wav", "2.wav"]
+    info = index.release.info
+    assert info["recall"]["value"] >= 0.95 and info["recall"]["queries"] > 10
+    assert len(info["parts"]) == 2 and sum(part["rows"] for part in info["parts"]) == 2000
+    assert {path.name for path in (index_dir / "parts").iterdir()} == {part["key"] for part in info["parts"]}
+
+    before = sorted(path for path in index_dir.rglob("*"))
+    assert build(index_dir, encoder, tmp_path / "a", extra=extra) == 0
+    assert "nothing to do: v000001" in capsys.readouterr().out
+    assert sorted(path for path in index_dir.rglob("*")) == before
+
+    embedded(tmp_path / "b", encoder, 300, seed=1, prefix="b")
+    assert build(index_dir, encoder, tmp_path / "a", tmp_path / "b", extra=extra) == 0
+    assert len(AudioIndex.open(index_dir)) == 2300
+    assert release.resolve(index_dir).info["parts"] != info["parts"]
+    assert sum(part["rows"] for part in release.resolve(index_dir).info["parts"]) == 300
+
+    doomed = [clip_id(f"{row}.wav", 0.0, 0.0) for row in range(3)]
+    (tmp_path / "doomed").write_text("# requested\n" + "\n".join(map(str, doomed)) + "\n\n")
+    assert build(index_dir, encoder, extra=[*extra, "--delete-ids", str(tmp_path / "doomed")]) == 0
+    index = AudioIndex.open(index_dir)
+    assert index.version == "v000003" and len(index) == 2297
+    assert not set(doomed) & set(index.search(vectors[0], k=100).ids[0])
+    assert len(AudioIndex.open(index_dir, version="v000001")) == 2000
+
+
+def test_built_on_s3_and_served_from_there(
+    tmp_path: Path, encoder: AudioEncoder, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUDIOMAE_CACHE", str(tmp_path / "cache"))
+    vectors = embedded(tmp_path / "a", encoder, 500)
+    storage.copy_tree(tmp_path / "a", f"{s3_bucket}/a")
+    storage.copy_tree(encoder.home, f"{s3_bucket}/encoder")
+    args = ["--encoder", f"{s3_bucket}/encoder", "--out", f"{s3_bucket}/index", *IVF]
+    assert main(["--embeddings", f"{s3_bucket}/a", *args]) == 0
+    embedded(tmp_path / "b", encoder, 60, seed=1, prefix="b")
+    assert main(["--embeddings", str(tmp_path / "b"), *args]) == 0
+    index = AudioIndex.open(f"{s3_bucket}/index")
+    assert index.version == "v000002" and len(index) == 560
+    assert index.search(vectors[7], k=1).items[0][0]["uri"] == "7.wav"
+    assert AudioEncoder.load(index.encoder_dir).fingerprint == encoder.fingerprint
+
+
+def test_a_killed_build_is_finished_by_the_same_line(tmp_path: Path, encoder: AudioEncoder) -> None:
+    embedded(tmp_path / "a", encoder, 1000)
+    index_dir = tmp_path / "index"
+    line = [sys.executable, "-c", KILLED, str(tmp_path / "a"), str(encoder.home), str(index_dir)]
+    for point in ("publish", "_enter"):  # with everything built; with all files in place but not in force
+        done = subprocess.run([*line, point], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120)
+        assert done.returncode == -signal.SIGKILL
+        assert release.resolve_or_none(index_dir) is None
+    parts = {path: path.stat().st_mtime_ns for path in (index_dir / "parts").rglob("vectors.npy")}
+    assert len(parts) == 2
+    assert build(index_dir, encoder, tmp_path / "a") == 0
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    index = AudioIndex.open(index_dir)
+    assert index.version == "v000002" and len(index) == 1000
+
+
+KILLED = """
+import os, signal, sys
+from audiomae.search import release
+import ray_jobs.build_index as job
+directory, encoder, out, point = sys.argv[1:]
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(release, point, die)
+job._save_encoder = lambda given, sets, base, fingerprint, target: target.mkdir()
+job._run_tasks = lambda label, function, calls: [function(*call) for call in calls]
+job.connect = lambda: None
+job.main(["--embeddings", directory, "--encoder", encoder, "--out", out])
+"""
+
+
+def test_recall_that_is_not_reached_publishes_nothing(tmp_path: Path, encoder: AudioEncoder) -> None:
+    embedded(tmp_path / "a", encoder, 1000)
+    with pytest.raises(UserError, match=r"recall@10 is [01]\.\d+ on \d+ held-out queries at best.*asks for 1.1"):
+        build(tmp_path / "index", encoder, tmp_path / "a", extra=[*IVF, "--recall", "1.1"])
+    assert release.resolve_or_none(tmp_path / "index") is None
+    assert not (tmp_path / "index" / "LATEST").exists()
+
+
+def test_encoders_that_do_not_belong_are_refused(tmp_path: Path, encoder: AudioEncoder) -> None:
+    embedded(tmp_path / "a", encoder, 100)
+    other = tiny_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(IntegrityError, match=f"fingerprint {other.fingerprint}, expected {encoder.fingerprint}"):
+        main(["--embeddings", str(tmp_path / "a"), "--encoder", str(tmp_path / "other"), "--out", str(tmp_path / "i")])
+    embedded(tmp_path / "b", other, 100, prefix="b")
+    with pytest.raises(IntegrityError, match=r"/b: embedded by another encoder.*as in .*/a"):
+        build(tmp_path / "index", encoder, tmp_path / "a", tmp_path / "b")
+    build(tmp_path / "index", encoder, tmp_path / "a")
+    with pytest.raises(IntegrityError, match=r"/b: embedded by another encoder.*in force"):
+        build(tmp_path / "index", encoder, tmp_path / "b")
+    assert release.resolve(tmp_path / "index").version == "v000001"
+
+
+def test_a_damaged_shard_fails_the_build_with_its_name(tmp_path: Path, encoder: AudioEncoder) -> None:
+    embedded(tmp_path / "a", encoder, 100)
+    shard = sorted((tmp_path / "a" / "embeddings").iterdir())[1]
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(IntegrityError, match=rf"{shard.name}: sha256 \w+, expected \w+"):
+        build(tmp_path / "index", encoder, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        (["--embeddings", "{}/nothing"], UserError, "no run.json"),
+        (["--embeddings", "{}/a", "--encoder", "{}/nothing"], UserError, "--encoder .*nothing"),
+        ([], UserError, "name at least one --embeddings DIR"),
+        (["--embeddings", "{}/a", "--delete-ids", "{}/nothing"], UserError, "one clip id a line"),
+        (["--embeddings", "{}/a", "--delete-ids", "{}/bad"], UserError, "line 2: expected a clip id, got 'x'"),
+        (["--embeddings", "{}/a", "--set", "recal=0.5"], ConfigError, "did you mean 'recall'"),
+        (["--embeddings", "{}/a", "--recall", "0", "--set", "rows_per_part=0"], ConfigError, "rows_per_part"),
+    ],
+)
+def test_bad_usage(
+    tmp_path: Path, encoder: AudioEncoder, args: list[str], error: type[Exception], message: str
+) -> None:
+    embedded(tmp_path / "a", encoder, 20)
+    (tmp_path / "bad").write_text("12\nx\n")
+    line = [text.format(tmp_path) for text in args]
+    with pytest.raises(error, match=message):
+        main([*line, "--out", str(tmp_path / "index")])
+    assert release.resolve_or_none(tmp_path / "index") is None
+
+
+def test_help_and_exit_status(tmp_path: Path) -> None:
+    job = [sys.executable, "ray_jobs/build_index.py"]
+    root = Path(__file__).resolve().parents[2]
+    shown = subprocess.run([*job, "--help"], cwd=root, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--delete-ids" in shown.stdout
+    failed = subprocess.run([*job, "--out", str(tmp_path)], cwd=root, capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: nothing to index")
+    usage = subprocess.run([*job, "--out", "x", "--set", "a.b=1"], cwd=root, capture_output=True, text=True)
+    assert usage.returncode == 2 and json.dumps(usage.stderr).count("Traceback") == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from audiomae.model.features import FeatureConfig, LogMel
 
 KALDI = FeatureConfig(kind="kaldi", n_mels=128, f_min=20.0, normalize="fixed", mean=-4.0, std=9.0)
-RESIZED = FeatureConfig(n_mels=128, resize_time=224 / 512, resize_mels=224)
+RESIZED = FeatureConfig(n_mels=128, n_fft=1024, resize_time=224 / 512, resize_mels=224)
 
 
 def noise(samples: int, seed: int = 0) -> torch.Tensor:

@@ -21,13 +21,11 @@ from audiomae.config import ConfigError, build_config
 from audiomae.search import release as releases
 from audiomae.storage import IntegrityError
 from serve import media
-from serve.encoder import Encoder, mismatch
-from serve.index import Index
 from serve.metrics import ApiMetrics
 from serve.routes import create_app
 from serve.schema import ServeArgs
 from serve.service import SearchService
-from serve.versions import SharedVersion
+from serve.versions import SharedVersion, mismatch
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
@@ -97,6 +95,9 @@ def compose(args: ServeArgs, version: str) -> serve.Application:
     that overload is an answer and not a growing queue. CPU numbers are reservations: small, so that the service also
     starts on a laptop; raise them in `serve/config.yaml` to keep batch jobs away.
     """
+    from serve.encoder import Encoder  # here, so that API replicas load neither the model nor the index library
+    from serve.index import Index
+
     encoder_options: dict[str, Any] = {"num_cpus": 0.5}
     if args.device.startswith("cuda"):
         encoder_options["num_gpus"] = 1

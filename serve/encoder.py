@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,9 @@ from ray import serve
 from audiomae import storage
 from audiomae.model.encoder import AudioEncoder
 from audiomae.search import release as releases
-from audiomae.storage import IntegrityError
+from serve.records import EncoderInfo
 from serve.schema import ServeArgs
-from serve.versions import VersionCache
-
-
-@dataclass(frozen=True)
-class EncoderInfo:
-    """What a caller must know to prepare windows for an encoder: rate in Hz, window in seconds, vector length."""
-
-    fingerprint: str
-    sample_rate: int
-    window_s: float
-    dim: int
-    has_text: bool
-    device: str
+from serve.versions import VersionCache, mismatch
 
 
 class Encoder:
@@ -88,14 +76,6 @@ class Encoder:
         if encoder.fingerprint != release.fingerprint:
             raise mismatch(release, encoder.fingerprint)
         return encoder
-
-
-def mismatch(release: releases.Release, fingerprint: str) -> IntegrityError:
-    """The error of a release whose encoder has this `fingerprint`, which is not the one of its vectors."""
-    return IntegrityError(
-        f"release {release.version}: its encoder has fingerprint {fingerprint}, but the index holds vectors of "
-        f"{release.fingerprint}; publish the release again with the encoder that embedded it"
-    )
 
 
 def checked_encoder_dir(release: releases.Release) -> Path:

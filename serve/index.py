@@ -1,39 +1,14 @@
 """The index deployment: vectors in, ranked items out."""
 
-import datetime
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from audiomae.search import release as releases
 from audiomae.search.index import AudioIndex, Hits
+from serve.records import IndexInfo, Ranked, plain
 from serve.schema import ServeArgs
 from serve.versions import VersionCache
-
-NOT_METADATA = ("id", "uri", "start_s", "end_s", "corpus")
-
-
-@dataclass(frozen=True)
-class IndexInfo:
-    """What a caller must know about an opened release."""
-
-    version: str
-    fingerprint: str
-    rows: int
-    dim: int
-    columns: tuple[str, ...]
-    window_s: float | None
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """One hit: `row` is the items table's row as JSON-ready values, `query` the row number of its query vector."""
-
-    row: dict[str, Any]
-    score: float
-    query: int
 
 
 class Index:
@@ -101,25 +76,3 @@ def ranked(hits: Hits) -> list[list[Ranked]]:
         [Ranked(plain(row), min(1.0, float(score)), query) for row, score in zip(items, scores, strict=False)]
         for query, (items, scores) in enumerate(zip(hits.items, hits.scores, strict=True))
     ]
-
-
-def metadata(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a row that came with the corpus."""
-    return {name: value for name, value in row.items() if name not in NOT_METADATA}
-
-
-def plain(value: Any) -> Any:
-    """`value` as something JSON can hold: NaN becomes null, dates ISO text, bytes their length in words."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        return f"<{len(value)} bytes>"
-    return value if value is None or isinstance(value, bool | int | str) else str(value)

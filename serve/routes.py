@@ -13,9 +13,9 @@ from starlette.staticfiles import StaticFiles
 
 from serve import media, problems
 from serve.audio import clip_vector
-from serve.index import Ranked, metadata
 from serve.metrics import ApiMetrics, CountRequests, merge
 from serve.problems import Problem
+from serve.records import Ranked, metadata
 from serve.schema import (
     Embedding,
     EmbedResponse,

@@ -17,9 +17,8 @@ from audiomae.corpus.decode import Window
 from audiomae.search.items import FilterError
 from audiomae.storage import IntegrityError
 from serve import audio
-from serve.encoder import EncoderInfo
-from serve.index import IndexInfo, Ranked
 from serve.problems import Problem
+from serve.records import EncoderInfo, IndexInfo, Ranked
 from serve.schema import ServeArgs, Timing, check_filter
 from serve.versions import SharedVersion
 

@@ -7,6 +7,9 @@ from typing import Generic, TypeVar
 
 from ray.experimental import internal_kv
 
+from audiomae.search import release as releases
+from audiomae.storage import IntegrityError
+
 T = TypeVar("T")
 
 
@@ -51,3 +54,11 @@ class SharedVersion:
     def set(self, version: str) -> None:
         """Choose `version` for all replicas."""
         internal_kv._internal_kv_put(self._key, version.encode(), overwrite=True)
+
+
+def mismatch(release: releases.Release, fingerprint: str) -> IntegrityError:
+    """The error of a release whose encoder has this `fingerprint`, which is not the one of its vectors."""
+    return IntegrityError(
+        f"release {release.version}: its encoder has fingerprint {fingerprint}, but the index holds vectors of "
+        f"{release.fingerprint}; publish the release again with the encoder that embedded it"
+    )

@@ -111,6 +111,7 @@ function chip([column, value]) {
 }
 
 let recorder = null;
+let clock = null;
 async function toggleRecording() {
   if (recorder) { recorder.stop(); return; }
   let stream;
@@ -126,6 +127,7 @@ async function toggleRecording() {
   recorder.addEventListener("dataavailable", (event) => pieces.push(event.data));
   recorder.addEventListener("stop", () => {
     stream.getTracks().forEach((track) => track.stop());
+    clearInterval(clock);
     const type = recorder.mimeType;
     recorder = null;
     $("record").setAttribute("aria-pressed", "false");
@@ -133,8 +135,13 @@ async function toggleRecording() {
     searchFile(new Blob(pieces, { type }), "recording");
   });
   recorder.start();
+  const began = performance.now();
+  const tick = () => {
+    $("record").textContent = `■ Stop and search (${Math.floor((performance.now() - began) / 1000)} s)`;
+  };
+  clock = setInterval(tick, 250);
+  tick();
   $("record").setAttribute("aria-pressed", "true");
-  $("record").textContent = "■ Stop and search";
 }
 
 async function describeRelease() {

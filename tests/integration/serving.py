@@ -52,8 +52,10 @@ def make_encoder(seed: int = 0) -> AudioEncoder:
     return AudioEncoder.from_config(EncoderConfig(backbone=AudioMAEConfig(size="debug")), seed=seed)
 
 
-def publish_release(index_dir: Path, corpus: Path, encoder: AudioEncoder, staging: Path) -> releases.Release:
-    """Embed `corpus` with `encoder` and publish it as the next version of `index_dir`."""
+def publish_release(
+    index_dir: Path, corpus: Path, encoder: AudioEncoder, staging: Path, shipped: AudioEncoder | None = None
+) -> releases.Release:
+    """Embed `corpus` with `encoder` and publish it as the next version, with `shipped` as its encoder where given."""
     staging.mkdir()
     files = sorted(corpus.glob("*/*.wav"))
     uris = [str(file.relative_to(corpus)) for file in files]
@@ -76,7 +78,7 @@ def publish_release(index_dir: Path, corpus: Path, encoder: AudioEncoder, stagin
     )
     with ItemsWriter(staging, table.schema) as writer:
         writer.write(table)
-    encoder.save(staging / "encoder")
+    (shipped or encoder).save(staging / "encoder")
     info = {
         "spec": spec.model_dump(),
         "fingerprint": encoder.fingerprint,

@@ -1,6 +1,8 @@
 """Arguments, filters and vectors of the service, and its config file."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -11,13 +13,14 @@ from ray.serve.schema import ServeDeploySchema
 
 from audiomae.config import ConfigError, build_config
 from serve.app import build
-from serve.index import Ranked, metadata, plain
 from serve.problems import Problem
+from serve.records import Ranked, metadata, plain
 from serve.schema import ServeArgs, check_filter
 from serve.service import check_vectors, merge_rankings
 from serve.versions import VersionCache
 
-CONFIG = Path(__file__).parents[2] / "serve" / "config.yaml"
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "serve" / "config.yaml"
 COLUMNS = ("id", "uri", "label", "fold")
 
 
@@ -127,3 +130,9 @@ def test_two_versions_are_kept_and_a_failed_opening_changes_nothing() -> None:
     assert opened == ["a", "b"]
     assert [cache.get(version) for version in ("c", "b", "a")] == ["C", "B", "A"]
     assert opened == ["a", "b", "c", "a"]
+
+
+def test_an_api_replica_loads_neither_model_nor_index_library() -> None:
+    script = "import sys, serve.app; print([name for name in ('torch', 'faiss', 'librosa') if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.strip() == "[]"

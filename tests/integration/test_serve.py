@@ -1,0 +1,336 @@
+"""The service as a client sees it: real HTTP, real Ray Serve, a real release."""
+
+import io
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import click
+import httpx
+import numpy as np
+import pytest
+import ray
+import soundfile
+from serving import RATE, as_file, make_corpus, make_encoder, publish_release, running_service, sound
+
+from audiomae.search import release as releases
+from audiomae.storage import read_json
+from ray_jobs import demo_queries
+from serve.app import build
+from serve.routes import TOKEN_VARIABLE
+
+TOKEN = "a-token-for-tests"
+os.environ[TOKEN_VARIABLE] = TOKEN  # before the suite's Ray starts, whose processes inherit it
+MAX_UPLOAD = 1 << 20
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service and what it serves."""
+
+    http: httpx.Client
+    index: Path
+    corpus: Path
+    work: Path
+
+    def search(self, data: bytes, **form: Any) -> httpx.Response:
+        """POST /search."""
+        return self.http.post("/search", files={"file": ("query", data)}, data=form)
+
+    def id_of(self, uri: str) -> int:
+        """The id of a corpus file, by way of the service."""
+        hits = self.search((self.corpus / uri).read_bytes()).json()["results"]
+        (clip,) = (hit["id"] for hit in hits if hit["uri"] == uri)
+        return int(clip)
+
+    def reload(self, version: str, token: str = TOKEN) -> httpx.Response:
+        """POST /admin/reload."""
+        headers = {"Authorization": f"Bearer {token}"}
+        return self.http.post("/admin/reload", json={"version": version}, headers=headers)
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    work = tmp_path_factory.mktemp("serve")
+    corpus = make_corpus(work / "corpus")
+    publish_release(work / "index", corpus, make_encoder(seed=0), work / "first")
+    with running_service(work / "index", max_upload_mib=MAX_UPLOAD / 2**20, max_audio_s=30) as http:
+        yield Service(http, work / "index", corpus, work)
+
+
+def test_it_is_ready_and_says_what_it_serves(service: Service) -> None:
+    assert service.http.get("/healthz").json()["status"] == "ok"
+    ready = service.http.get("/readyz").json()
+    release = service.http.get("/release").json()
+    assert ready == {"status": "ready", "release": release["version"]}
+    assert (release["rows"], release["dim"], release["window_s"]) == (12, 64, 2.0)
+    assert release["fingerprint"] == releases.resolve(service.index).fingerprint
+    assert release["columns"] == ["id", "uri", "start_s", "end_s", "label", "take"]
+
+
+def test_an_indexed_sound_finds_itself(service: Service) -> None:
+    reply = service.search((service.corpus / "tone" / "1.wav").read_bytes(), k=3)
+    body = reply.json()
+    first = body["results"][0]
+    assert reply.status_code == 200
+    assert (first["uri"], first["item"]) == ("tone/1.wav", {"label": "tone", "take": 1})
+    assert 0.999 < first["score"] <= 1
+    assert (first["start_s"], first["end_s"]) == (0.0, 2.0)
+    scores = [hit["score"] for hit in body["results"]]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    timing = body["timing_ms"]
+    assert timing.keys() == {"decode", "encode", "search", "total"}
+    assert 0 < timing["decode"] + timing["encode"] + timing["search"] <= timing["total"]
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "rate"),
+    [
+        ("wav", "pcm_s24le", 44_100),
+        ("flac", "flac", 22_050),
+        ("mp3", "libmp3lame", 44_100),
+        ("webm", "libopus", 48_000),
+    ],
+)
+def test_uploads_of_any_format_and_rate_find_the_same(service: Service, container: str, codec: str, rate: int) -> None:
+    samples = sound("chirp", 0, rate=rate)
+    reply = service.search(encoded(samples, rate, container, codec), k=1)
+    assert reply.json()["results"][0]["uri"] == "chirp/0.wav"
+
+
+def encoded(samples: np.ndarray, rate: int, container: str, codec: str) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray((samples[None] * 2**15).astype(np.int16), format="s16p", layout="mono")
+        frame.sample_rate = rate
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def test_windows_find_what_any_part_sounds_like(service: Service) -> None:
+    data = as_file(np.concatenate([sound("noise", 2), sound("tone", 1)]))
+    hits = service.search(data, k=4, mode="windows").json()["results"]
+    found = {hit["uri"]: (hit["query_start_s"], hit["query_end_s"]) for hit in hits}
+    assert found["noise/2.wav"] == (0.0, 2.0)
+    assert found["tone/1.wav"] == (2.0, 4.0)
+    assert len(found) == 4
+    whole = service.search(data, k=4).json()["results"]
+    assert all(hit["query_start_s"] is None for hit in whole)
+
+
+def test_the_vector_of_an_upload_searches_like_the_upload(service: Service) -> None:
+    data = (service.corpus / "clicks" / "0.wav").read_bytes()
+    embedded = service.http.post("/embed", files={"file": ("query", data)}).json()
+    assert embedded["fingerprint"] == service.http.get("/release").json()["fingerprint"]
+    assert len(embedded["vector"]) == embedded["dim"] == 64 and len(embedded["windows"]) == 1
+    doubled = [2 * value for value in embedded["vector"]]
+    body = service.http.post("/search/vector", json={"vectors": [doubled, doubled], "k": 5}).json()
+    wanted = [hit["id"] for hit in service.search(data, k=5).json()["results"]]
+    assert [[hit["id"] for hit in hits] for hits in body["results"]] == [wanted, wanted]
+
+
+def test_more_like_this_leaves_itself_out(service: Service) -> None:
+    clip = service.id_of("noise/0.wav")
+    body = service.http.get(f"/search/id/{clip}", params={"k": 50}).json()
+    found = [hit["id"] for hit in body["results"]]
+    assert clip not in found and len(set(found)) == 11
+
+
+@pytest.mark.parametrize(
+    ("where", "uris"),
+    [
+        ({"label": "tone", "take": {"gte": 1}}, {"tone/1.wav", "tone/2.wav"}),
+        ({"uri": {"in": ["tone/0.wav", "noise/1.wav"]}}, {"tone/0.wav", "noise/1.wav"}),
+        ({"label": "nothing"}, set()),
+    ],
+)
+def test_filters_hold_in_every_kind_of_search(service: Service, where: dict[str, Any], uris: set[str]) -> None:
+    clip = service.id_of("chirp/1.wav")
+    vector = [1.0] * 64
+    answers = [
+        service.search(as_file(sound("chirp", 1)), k=10, filter=json.dumps(where)),
+        service.http.get(f"/search/id/{clip}", params={"k": 10, "filter": json.dumps(where)}),
+    ]
+    found = [{hit["uri"] for hit in answer.json()["results"]} for answer in answers]
+    body = service.http.post("/search/vector", json={"vectors": [vector], "k": 10, "filter": where}).json()
+    assert [*found, {hit["uri"] for hit in body["results"][0]}] == [uris] * 3
+
+
+def test_an_item_can_be_read_heard_and_seen(service: Service) -> None:
+    clip = service.id_of("tone/2.wav")
+    item = service.http.get(f"/items/{clip}").json()
+    assert (item["id"], item["uri"], item["item"]["take"]) == (clip, "tone/2.wav", 2)
+    data = (service.corpus / "tone" / "2.wav").read_bytes()
+    whole = service.http.get("/" + item["links"]["audio"])
+    assert whole.content == data and whole.headers["content-type"].startswith("audio/")
+    part = service.http.get("/" + item["links"]["audio"], headers={"Range": "bytes=100-299"})
+    assert (part.status_code, part.content) == (206, data[100:300])
+    assert part.headers["content-range"] == f"bytes 100-299/{len(data)}"
+    beyond = service.http.get("/" + item["links"]["audio"], headers={"Range": f"bytes={len(data)}-"})
+    assert beyond.status_code == 416
+    decoded = service.http.get("/" + item["links"]["audio"], params={"format": "wav"})
+    assert soundfile.info(io.BytesIO(decoded.content)).duration == 2.0
+    picture = service.http.get("/" + item["links"]["spectrogram"])
+    assert picture.content[:4] == b"\x89PNG" and picture.headers["content-type"] == "image/png"
+
+
+Send = Callable[[Service], httpx.Response]
+CLIP = as_file(np.full(RATE, 0.1, np.float32))
+
+
+def post_vectors(**body: Any) -> Send:
+    return lambda service: service.http.post("/search/vector", json=body)
+
+
+@pytest.mark.parametrize(
+    ("send", "status", "code"),
+    [
+        (lambda s: s.search(b"\0" * (MAX_UPLOAD + 1)), 413, "upload_too_large"),
+        (lambda s: s.search(b""), 422, "empty_upload"),
+        (lambda s: s.search(b"this is no sound at all" * 100), 415, "not_audio"),
+        (lambda s: s.search(CLIP[: len(CLIP) // 2]), 422, "bad_audio"),
+        (lambda s: s.search(as_file(np.full(8000, np.nan), subtype="FLOAT")), 422, "bad_audio"),
+        (lambda s: s.search(as_file(np.zeros(31 * 8000), 8000)), 422, "audio_too_long"),
+        (lambda s: s.search(CLIP, k=0), 422, "invalid_request"),
+        (lambda s: s.search(CLIP, k=1001), 422, "bad_k"),
+        (lambda s: s.search(CLIP, mode="half"), 422, "invalid_request"),
+        (lambda s: s.search(CLIP, filter="{"), 422, "bad_filter"),
+        (lambda s: s.search(CLIP, filter='{"lable": "x"}'), 422, "unknown_column"),
+        (lambda s: s.search(CLIP, filter='{"take": "x"}'), 422, "bad_filter"),
+        (lambda s: s.http.post("/search", data={"k": 3}), 422, "invalid_request"),
+        (post_vectors(vectors=[[1.0] * 63]), 422, "vector_dim_mismatch"),
+        (post_vectors(vectors=[[0.0] * 64]), 422, "zero_vector"),
+        (post_vectors(vectors=[]), 422, "invalid_request"),
+        (post_vectors(vectors=[[1.0] * 64], K=3), 422, "invalid_request"),
+        (lambda s: s.http.post("/search/vector", content=b'{"vectors": [[NaN]]}'), 422, "invalid_request"),
+        (lambda s: s.http.post("/search/text", json={"text": "rain"}), 501, "no_text_tower"),
+        (lambda s: s.http.get("/search/id/17"), 404, "unknown_id"),
+        (lambda s: s.http.get("/search/id/99999999999999999999"), 404, "unknown_id"),
+        (lambda s: s.http.get("/items/17/audio"), 404, "unknown_id"),
+        (lambda s: s.http.get("/items/..%2f..%2fetc%2fpasswd/audio"), 404, "not_found"),
+        (lambda s: s.http.get("/nowhere"), 404, "not_found"),
+        (lambda s: s.http.get("/../app.py"), 404, "not_found"),
+        (lambda s: s.http.delete("/search"), 405, "method_not_allowed"),
+        (lambda s: s.http.post("/admin/reload"), 401, "unauthorized"),
+        (lambda s: s.reload("latest", token="wrong"), 401, "unauthorized"),
+        (lambda s: s.reload("v9"), 404, "unknown_release"),
+    ],
+)
+def test_what_cannot_be_answered_is_a_problem_with_a_stable_code(
+    service: Service, send: Send, status: int, code: str
+) -> None:
+    reply = send(service)
+    problem = reply.json()
+    assert (reply.status_code, problem["status"], problem["code"]) == (status, status, code)
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert len(problem["detail"]) > 10 and "Traceback" not in problem["detail"]
+
+
+def test_the_api_describes_and_counts_itself(service: Service) -> None:
+    paths = service.http.get("/openapi.json").json()["paths"]
+    assert {"/search", "/search/vector", "/search/text", "/search/id/{clip}", "/embed", "/admin/reload"} <= paths.keys()
+    assert service.http.get("/docs").status_code == 200
+    service.http.get("/release")
+    assert 'route="/release",status="200"' in service.http.get("/metrics").text
+
+
+def test_the_demos_queries_get_their_table(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    out = service.work / "queries.json"
+    url = str(service.http.base_url)
+    assert demo_queries.main(["--url", url, "--queries", str(service.corpus), "--k", "3", "--out", str(out)]) == 0
+    counts = read_json(out)
+    assert (counts["queries"], counts["recall_at_1"]) == (12, 1.0)
+    assert "R@1 1.000 (12 of 12 right)" in capsys.readouterr().out
+
+
+def ask_until(service: Service, stop: threading.Event) -> list[tuple[int, str]]:
+    """(status, release) of every answer to one client that does not pause."""
+    data = as_file(sound("tone", 0))
+    seen = []
+    with httpx.Client(base_url=service.http.base_url, timeout=60) as http:
+        while not stop.is_set():
+            reply = http.post("/search", files={"file": ("query", data)}, data={"k": 2})
+            seen.append((reply.status_code, reply.json().get("release", reply.text)))
+    return seen
+
+
+def under_load(service: Service, action: Callable[[], Any], clients: int = 3) -> list[tuple[int, str]]:
+    """Every answer that `clients` got while `action` ran."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(clients) as pool:
+        waiting = [pool.submit(ask_until, service, stop) for _ in range(clients)]
+        try:
+            action()
+        finally:
+            stop.set()
+        return [answer for future in waiting for answer in future.result()]
+
+
+def test_releases_swap_under_load_without_a_failed_request(service: Service) -> None:
+    before = service.http.get("/release").json()
+    second = publish_release(service.index, service.corpus, make_encoder(seed=1), service.work / "second")
+
+    def swap() -> None:
+        for version in ("latest", before["version"], second.version):
+            reply = service.reload(version)
+            assert reply.status_code == 200, reply.text
+            assert service.search(CLIP).json()["release"] == reply.json()["version"]
+
+    answers = under_load(service, swap)
+    assert {status for status, _ in answers} == {200}
+    assert {release for _, release in answers} == {before["version"], second.version}
+    after = service.http.get("/release").json()
+    assert (after["version"], after["fingerprint"]) == (second.version, second.fingerprint)
+    assert after["fingerprint"] != before["fingerprint"]
+    hits = service.search((service.corpus / "tone" / "0.wav").read_bytes()).json()["results"]
+    assert hits[0]["uri"] == "tone/0.wav" and hits[0]["score"] > 0.999
+
+
+@pytest.mark.parametrize("deployment", ["Encoder", "Index"])
+def test_a_killed_replica_fails_no_request(service: Service, deployment: str) -> None:
+    def kill() -> None:
+        before = replicas(deployment)
+        assert before
+        for name in before:
+            ray.kill(ray.get_actor(name, namespace="serve"))
+        assert service.search(CLIP).status_code == 200
+        assert not before & replicas(deployment)
+
+    serving = service.http.get("/release").json()["version"]
+    assert set(under_load(service, kill)) == {(200, serving)}
+
+
+def replicas(deployment: str) -> set[str]:
+    """Names of a deployment's live replica actors."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in named if f"#{deployment}#" in actor["name"]}
+
+
+def test_a_damaged_release_is_refused_and_the_old_one_serves_on(service: Service) -> None:
+    serving = service.http.get("/release").json()
+    staging = service.work / f"damaged-{serving['version']}"
+    damaged = publish_release(service.index, service.corpus, make_encoder(seed=2), staging)
+    with (Path(damaged.path) / "vectors.faiss").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x5a")
+    reply = service.reload(damaged.version)
+    assert (reply.status_code, reply.json()["code"]) == (409, "release_refused")
+    assert "vectors.faiss" in reply.json()["detail"] and "Traceback" not in reply.json()["detail"]
+    assert service.http.get("/release").json() == serving
+    with pytest.raises(click.ClickException, match=r"vectors\.faiss: corrupted"):
+        build({"index": str(service.index)})
+
+
+def test_an_encoder_that_did_not_make_the_vectors_is_refused_at_start(service: Service, tmp_path: Path) -> None:
+    encoder, other = make_encoder(seed=0), make_encoder(seed=5)
+    publish_release(tmp_path / "index", service.corpus, encoder, tmp_path / "staging", shipped=other)
+    with pytest.raises(click.ClickException, match=f"has fingerprint {other.fingerprint}.*{encoder.fingerprint}"):
+        build({"index": str(tmp_path / "index")})

@@ -5,6 +5,7 @@ with `drop_last_frame=False`) and `kaldi` (Kaldi filter banks, as AudioMAE and A
 axis of a spectrogram everywhere in the product: `[B, 1, T, F]`.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from audiomae.config import StrictConfig
 
 LOG_FLOOR = torch.finfo(torch.float32).eps
 MIN_STD = 1e-2  # below any real recording's log-mel deviation: digital silence maps to zeros, not to amplified rounding
+DB_TO_LOG_POWER = math.log(10) / 10
 PREEMPHASIS = 0.97  # Kaldi's default
 
 
@@ -32,6 +34,8 @@ class FeatureConfig(StrictConfig):
             to a power of two by itself.
         normalize: `clip` = zero mean and unit deviation over the clip's own frames; `fixed` = (x - mean) / std; `none`.
         mean, std: of `fixed`.
+        range_db: raise everything quieter than this many dB below the clip's loudest cell to that level, before
+            normalising (librosa's `top_db`): digital silence then weighs no more than a quiet room; None = off.
         drop_last_frame: centred framing gives 1 + samples // hop frames, so 2 s would need two 200-frame windows;
             True keeps ceil(samples / hop). Official checkpoints keep all.
         resize_time: factor on the number of frames (image-style layouts: 224 / 512 squeezes 512 frames into 224).
@@ -49,6 +53,7 @@ class FeatureConfig(StrictConfig):
     normalize: Literal["clip", "fixed", "none"] = "clip"
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
+    range_db: float | None = Field(default=None, gt=0)
     drop_last_frame: bool = True
     resize_time: float = Field(default=1.0, gt=0)
     resize_mels: int | None = Field(default=None, gt=0)
@@ -202,6 +207,8 @@ class LogMel(nn.Module):
         return torch.fft.rfft(frames, self._fft_size).abs().square()
 
     def _normalized(self, frames: Tensor, counts: Tensor, mask: Tensor | None) -> Tensor:
+        if self.config.range_db is not None:
+            frames = _limit_range(frames, mask, self.config.range_db)
         if self.config.normalize == "clip":
             frames = _standardize(frames, counts, mask)
         elif self.config.normalize == "fixed":
@@ -223,6 +230,13 @@ class LogMel(nn.Module):
 
 def _row_mask(counts: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=counts.device) < counts[:, None]
+
+
+def _limit_range(frames: Tensor, mask: Tensor | None, range_db: float) -> Tensor:
+    """Lift what lies more than `range_db` below each clip's own loudest cell: float [B, T, F] log power -> the same."""
+    inside = frames if mask is None else frames.masked_fill(~mask.unsqueeze(-1), -math.inf)
+    peak = inside.amax((1, 2), keepdim=True)
+    return torch.maximum(frames, peak - range_db * DB_TO_LOG_POWER)
 
 
 def _standardize(frames: Tensor, counts: Tensor, mask: Tensor | None) -> Tensor:

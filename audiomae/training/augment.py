@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from audiomae.config import StrictConfig
 
 DB_TO_LOG_POWER = math.log(10) / 10
+EQ_POINTS = 6
 
 
 class AugmentConfig(StrictConfig):
@@ -30,6 +31,7 @@ class AugmentConfig(StrictConfig):
     )
     mix: float = Field(0.0, ge=0, lt=1, description="background mix: another clip at up to this share of the power")
     mix_prob: float = Field(1.0, ge=0, le=1, description="share of clips that get a background")
+    eq_db: float = Field(0.0, ge=0, description="random equaliser: smooth filter curve of this standard deviation in dB")
     time_masks: int = Field(0, ge=0, description="SpecAugment: number of masked time spans")
     time_mask_share: float = Field(0.1, ge=0, lt=1, description="longest masked span, as a share of the window")
     freq_masks: int = Field(0, ge=0, description="SpecAugment: number of masked mel bands")
@@ -51,7 +53,7 @@ class AugmentConfig(StrictConfig):
 def augment(batch: Tensor, window: int, config: AugmentConfig, generator: Generator) -> Tensor:
     """One augmented view of every clip.
 
-    Order: resampled crop (or plain cut to the window), time shift, background mix, gain, SpecAugment.
+    Order: resampled crop (or plain cut to the window), time shift, background mix, equaliser, gain, SpecAugment.
 
     Args:
         batch: float[B, R, F] with R = `config.source_frames(window)`.
@@ -68,6 +70,8 @@ def augment(batch: Tensor, window: int, config: AugmentConfig, generator: Genera
         batch = time_shift(batch, generator)
     if config.mix > 0:
         batch = background_mix(batch, config.mix, config.mix_prob, generator)
+    if config.eq_db > 0:
+        batch = equalise(batch, config.eq_db, generator)
     if config.gain_db > 0:
         batch = gain(batch, config.gain_db, generator)
     if config.time_masks:
@@ -129,7 +133,8 @@ def gain(batch: Tensor, max_db: float, generator: Generator) -> Tensor:
 def background_mix(batch: Tensor, max_share: float, probability: float, generator: Generator) -> Tensor:
     """Add another clip of the batch as background, in power: log((1 - a) exp(x) + a exp(y)), a uniform in [0, max].
 
-    BYOL-A's mixup for log-mel (Niizumi et al. 2021, eq. 3) within the batch. Powers of independent sounds add.
+    BYOL-A's mixup for log-mel (Niizumi et al. 2021, eq. 3) within the batch. Powers of independent sounds add. The
+    background is first brought to the clip's own mean power, so that the share is one whatever the recording levels.
 
     Args:
         batch: float[B, T, F] natural-log power.
@@ -139,9 +144,26 @@ def background_mix(batch: Tensor, max_share: float, probability: float, generato
     count = len(batch)
     share = torch.rand(count, 1, 1, generator=generator) * max_share
     share = torch.where(torch.rand(count, 1, 1, generator=generator) < probability, share, 0.0)
-    other = torch.randperm(count, generator=generator)
+    other = torch.randperm(count, generator=generator).to(batch.device)
     share = share.to(batch.device, batch.dtype)
-    return torch.logaddexp(batch + torch.log1p(-share), batch[other.to(batch.device)] + share.log())
+    level = batch.logsumexp((1, 2), keepdim=True)
+    background = batch[other] + (level - level[other])
+    return torch.logaddexp(batch + torch.log1p(-share), background + share.log())
+
+
+def equalise(batch: Tensor, deviation_db: float, generator: Generator) -> Tensor:
+    """Filter each clip by a random smooth curve over the mel axis: another microphone, room or distance.
+
+    FilterAugment in its linear form (Nam, Kim, Park 2022): normal gains at `EQ_POINTS` evenly spaced bands, straight
+    lines in dB between them, the same for all frames of a clip.
+
+    Args:
+        batch: float[B, T, F] natural-log power.
+        deviation_db: standard deviation of the gains.
+    """
+    points = torch.randn(len(batch), 1, EQ_POINTS, generator=generator) * deviation_db * DB_TO_LOG_POWER
+    curve = F.interpolate(points, size=batch.shape[2], mode="linear", align_corners=True)
+    return batch + curve.to(batch.device, batch.dtype)
 
 
 def mask_spans(batch: Tensor, axis: int, number: int, max_share: float, generator: Generator) -> Tensor:

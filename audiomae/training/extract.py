@@ -12,8 +12,8 @@ from audiomae.training.data import Segment
 
 
 def plain_features(config: FeatureConfig) -> FeatureConfig:
-    """The same log-mel, not yet normalised and not resized, so that power can still be mixed."""
-    return config.model_copy(update={"normalize": "none", "resize_time": 1.0, "resize_mels": None})
+    """The same log-mel, not yet limited, normalised or resized, so that power can still be mixed."""
+    return config.model_copy(update={"normalize": "none", "range_db": None, "resize_time": 1.0, "resize_mels": None})
 
 
 def cache_recipe(config: FeatureConfig, clip_s: float) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import torch
 from audiomae.training import augment
 from audiomae.training.augment import AugmentConfig
 
-ALL = AugmentConfig(time_shift=True, gain_db=6, stretch=1.3, freq_crop=0.2, mix=0.4, time_masks=2, freq_masks=2)
+ALL = AugmentConfig(
+    time_shift=True, gain_db=6, stretch=1.3, freq_crop=0.2, mix=0.4, eq_db=3, time_masks=2, freq_masks=2
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -62,6 +64,7 @@ def test_gain_is_uniform_over_a_clip_and_bounded():
 
 def test_background_mix_adds_power():
     x = spectrograms(6, 20, 5)
+    x -= x.logsumexp((1, 2), keepdim=True)  # all at one level
     mixed = augment.background_mix(x, 0.5, 1.0, seeded(1))
     draw = seeded(1)
     share = torch.rand(6, 1, 1, generator=draw) * 0.5
@@ -69,6 +72,25 @@ def test_background_mix_adds_power():
     other = torch.randperm(6, generator=draw)
     expected = ((1 - share) * x.exp() + share * x[other].exp()).log()
     assert torch.allclose(mixed, expected, atol=1e-5)
+
+
+def test_a_background_has_the_clips_level_however_it_was_recorded():
+    x = spectrograms(6, 20, 5)
+    louder = x + torch.tensor([0.0, 3.0, -2.0, 5.0, 1.0, -4.0])[:, None, None]
+    mixed = augment.background_mix(x, 0.5, 1.0, seeded(1))
+    again = augment.background_mix(louder, 0.5, 1.0, seeded(1))
+    assert torch.allclose(again - louder, mixed - x, atol=1e-4)
+    assert torch.allclose(mixed.logsumexp((1, 2)), x.logsumexp((1, 2)), atol=1e-4)
+
+
+def test_equaliser_is_one_smooth_curve_per_clip():
+    x = spectrograms(400, 7, 51)
+    change = (augment.equalise(x, 3.0, seeded()) - x) * 10 / math.log(10)
+    assert torch.allclose(change, change[:, :1].expand_as(change), atol=1e-3)
+    curve = change[:, 0]
+    bends = (curve[:, 2:] - 2 * curve[:, 1:-1] + curve[:, :-2]).abs() > 1e-2
+    assert bends.sum(dim=1).max() <= augment.EQ_POINTS - 2
+    assert curve[:, 0].std() == pytest.approx(3.0, abs=0.4) and abs(curve.mean()) < 0.3
 
 
 def test_background_mix_leaves_the_other_clips_alone():

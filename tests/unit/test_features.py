@@ -107,6 +107,17 @@ def test_silence_standardises_to_zero():
     assert x.abs().max() < 1e-2
 
 
+def test_range_is_librosas_top_db_whatever_lies_past_the_end():
+    features = LogMel(FeatureConfig(normalize="none", range_db=30.0))
+    plain = LogMel(FeatureConfig(normalize="none"))
+    waveform = torch.cat([noise(4_000), torch.zeros(4_000)])
+    expected = librosa.power_to_db(plain(waveform[None]).x[0, 0].exp().numpy(), amin=1e-12, top_db=30.0)
+    batch = torch.stack([torch.nn.functional.pad(waveform, (0, 8_000)), noise(16_000, 1) * 9])
+    x, frames = features(batch, torch.tensor([8_000, 16_000]))
+    np.testing.assert_allclose(x[0, 0, : frames[0]].numpy() * 10 / np.log(10), expected, atol=1e-3)
+    assert (x[0, 0, frames[0] :] == 0).all()
+
+
 def test_constants_stay_out_of_the_state_dict():
     assert not LogMel(FeatureConfig()).state_dict()
 

@@ -31,7 +31,9 @@ class AugmentConfig(StrictConfig):
     )
     mix: float = Field(0.0, ge=0, lt=1, description="background mix: another clip at up to this share of the power")
     mix_prob: float = Field(1.0, ge=0, le=1, description="share of clips that get a background")
-    eq_db: float = Field(0.0, ge=0, description="random equaliser: smooth filter curve of this standard deviation in dB")
+    eq_db: float = Field(
+        0.0, ge=0, description="random equaliser: smooth filter curve of this standard deviation in dB"
+    )
     time_masks: int = Field(0, ge=0, description="SpecAugment: number of masked time spans")
     time_mask_share: float = Field(0.1, ge=0, lt=1, description="longest masked span, as a share of the window")
     freq_masks: int = Field(0, ge=0, description="SpecAugment: number of masked mel bands")

@@ -72,13 +72,13 @@ class _Tree(StrictConfig):
 
 
 def load_rows(folder: Path) -> dict[str, Row]:
-    """All rows of a folder by name, parents before children, otherwise in the order of their file names.
+    """All rows of a folder by name: `base` first, parents before children, otherwise in the order of their file names.
 
     Raises:
         ConfigError: an invalid file, a missing or circular parent, or one without weights where weights are needed.
     """
     rows = {}
-    for file in sorted(folder.glob("*.yaml")):
+    for file in sorted(folder.glob("*.yaml"), key=lambda file: (file.stem != BASE, file.stem)):
         try:
             rows[file.stem] = build_config(Row, yaml.safe_load(file.read_text()) or {})
         except (ConfigError, yaml.YAMLError) as error:

@@ -16,7 +16,7 @@ from pydantic import Field
 from audiomae.cli import Progress, UserError, job_parser, run_job
 from audiomae.config import ConfigError, load_config
 from audiomae.evaluation.baselines import BASELINES, RANDOM, centred, corpus_vectors
-from audiomae.evaluation.rows import ColumnError, LabelledRows, per_clip, read_rows
+from audiomae.evaluation.rows import ColumnError, LabelledRows, read_rows
 from audiomae.evaluation.runs import ProtocolConfig, RunResult, compare_runs, evaluate_rows
 from audiomae.search.shards import EmbeddingSet
 from audiomae.storage import read_json, sha256_bytes, to_path, write_bytes, write_json
@@ -54,18 +54,17 @@ def main(argv: list[str] | None = None) -> int:
 
     names = display_names([args.embeddings, *args.compare])
     try:
-        windows = [
-            read_rows(found, name, config.label, config.group, "window")
+        subjects = [
+            read_rows(found, name, config.label, config.group, config.level)
             for found, name in zip(sets, names, strict=True)
         ]
         notes = [
             f"{rows.name}: {rows.unlabelled} rows have no label and were left out"
-            for rows in windows
+            for rows in subjects
             if rows.unlabelled
         ]
-        computed, skipped = _baseline_rows(windows[0], sets[0], config)
-        finish = per_clip if config.level == "clip" else (lambda rows: rows)
-        runs = [evaluate_rows(finish(rows), config) for rows in [*windows, *computed]]
+        computed, skipped = _baseline_rows(subjects[0], sets[0], config)
+        runs = [evaluate_rows(rows, config) for rows in [*subjects, *computed]]
         comparisons = compare_runs(runs[0], runs[1:])
     except (ColumnError, ValueError) as error:
         raise UserError(str(error)) from None
@@ -79,7 +78,7 @@ def display_names(directories: Sequence[str]) -> list[str]:
     """What the report calls each run: the part of its path that tells it from the others."""
     paths = [list(PurePosixPath(directory.rstrip("/")).parts) for directory in directories]
     if len(paths) == 1:
-        own = [part for part in paths[0] if part not in ("embeddings", "/", "..", ".")]
+        own = [part for part in paths[0] if part not in ("embeddings", "emb", "/", "..", ".")]
         return [own[-1] if own else directories[0]]
     while all(len(parts) > 1 for parts in paths) and len({parts[-1] for parts in paths}) == 1:
         paths = [parts[:-1] for parts in paths]
@@ -148,7 +147,7 @@ def _finished(out: Any, inputs: str) -> dict[str, Any] | None:
 def _baseline_rows(
     rows: LabelledRows, embeddings: EmbeddingSet, config: EvaluateConfig
 ) -> tuple[list[LabelledRows], list[str]]:
-    """Each baseline's vectors for the same windows, and what the reader has to know about them."""
+    """Each baseline's vectors for the same clips (or windows), and what the reader has to know about them."""
     if not config.baselines:
         return [], []
     names = [BASELINES[key] for key in config.baselines]
@@ -162,7 +161,9 @@ def _baseline_rows(
     if not readable.any():
         return [], [*notes, f"baselines were left out: no file of {rows.corpus_root} could be read"]
     if not readable.all():
-        notes.append(f"baselines: {int((~readable).sum())} of {len(rows)} windows could not be read and were left out")
+        notes.append(
+            f"baselines: {int((~readable).sum())} of {len(rows)} {config.level}s could not be read and were left out"
+        )
     kept = rows.take(np.flatnonzero(readable))
     stacked = {name: np.stack([vectors[name] for vectors in found if vectors is not None]) for name in names}
     return [
@@ -193,7 +194,7 @@ def _in_tasks(
     chunks = [spans[i : i + ROWS_PER_TASK] for i in range(0, len(spans), ROWS_PER_TASK)]
     pending = [task.remote(rows.corpus_root, chunk, names, encoder_config, seed) for chunk in chunks]
     found: list[dict[str, np.ndarray] | None] = []
-    with Progress("baselines", len(rows), "windows") as progress:
+    with Progress("baselines", len(rows), "rows") as progress:
         for reference in pending:
             part = ray.get(reference)
             found += part

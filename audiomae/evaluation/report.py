@@ -48,7 +48,7 @@ def draw_plots(runs: Sequence[RunResult], map_method: str, seed: int) -> dict[st
         "per_class_map": plots.metric_bars(_by(shown, "per_class", "mAP"), "mAP", "mAP by class"),
         "per_class_r1": plots.metric_bars(_by(shown, "per_class", "R@1"), "R@1", "R@1 by class"),
         "confusion": plots.confusion(
-            scores.labels[found].tolist(), rows.labels[scores.top[found, 0]].tolist(), "nearest neighbours (queries)"
+            scores.labels[found].tolist(), rows.labels[scores.top[found, 0]].tolist(), "nearest neighbour of each query"
         ),
         "map": plots.embedding_map(rows.vectors, rows.labels, map_method, seed),
     }

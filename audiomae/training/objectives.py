@@ -41,6 +41,7 @@ class ObjectiveConfig(StrictConfig):
         "visible",
         description="visible = embed the tokens that the masked pass encoded (one pass); all = a second, unmasked pass",
     )
+    mae_views: Literal["first", "all"] = Field("first", description="which views are reconstructed")
     mask_ratio: float | None = Field(None, ge=0, lt=1, description="null = the backbone's")
     mask_mode: MaskMode | None = Field(None, description="null = the backbone's")
     supervised: bool | None = Field(None, description="contrastive positives by label; null = where labels exist")
@@ -168,14 +169,20 @@ class Objective(nn.Module):
         if reconstruct or (config.compares and config.view_tokens == "visible"):
             seen, drawn = self._encode_visible(x, generator)
             if reconstruct:
-                backbone = _masked_backbone(encoder)
-                pred = backbone.decode(seen.tokens, drawn.ids_restore)
-                reconstruction = mae_loss(pred, backbone.patchify(x), drawn.mask, backbone.config.norm_pix_loss)
+                rows = len(x) if config.mae_views == "all" else views.shape[1]
+                reconstruction = self._reconstruct(
+                    x[:rows], seen.tokens[:rows], drawn.ids_restore[:rows], drawn.mask[:rows]
+                )
             if config.compares and config.view_tokens == "visible":
                 embeddings = encoder.head(seen.tokens, None, seen.cls_attention)
         if config.compares and config.view_tokens == "all":
             embeddings = encoder.embed_spectrogram(x)
         return embeddings.float().unflatten(0, (len(views), -1)), reconstruction
+
+    def _reconstruct(self, x: Tensor, tokens: Tensor, ids_restore: Tensor, mask: Tensor) -> Tensor:
+        backbone = _masked_backbone(self.encoder)
+        pred = backbone.decode(tokens, ids_restore)
+        return mae_loss(pred, backbone.patchify(x), mask, backbone.config.norm_pix_loss)
 
     def _encode_visible(self, x: Tensor, generator: Generator) -> tuple[EncoderOutput, Masking]:
         config, backbone = self.config, _masked_backbone(self.encoder)

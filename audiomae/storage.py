@@ -29,11 +29,14 @@ S3_OPTIONS: dict[str, Any] = {
 CHUNK_BYTES = 1 << 20
 
 
+Location = str | os.PathLike[str] | UPath
+
+
 class IntegrityError(RuntimeError):
     """Stored bytes are not what their receipt says. The text gives what, got, expected and the fix."""
 
 
-def to_path(uri: str | os.PathLike[str]) -> UPath:
+def to_path(uri: Location) -> UPath:
     """The one path type of the product: an absolute local path or an `s3://bucket/key` path."""
     if isinstance(uri, UPath) and not isinstance(uri, Path):
         return uri
@@ -50,17 +53,17 @@ def is_local(path: UPath) -> bool:
     return isinstance(path, Path)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def write_bytes(path: Location, data: bytes) -> None:
     """Write `data` whole or not at all, replacing what was there."""
     path = to_path(path)
     if not is_local(path):
         path.fs.pipe_file(path.path, data)
         return
     temporary = _write_temporary(path, data)
-    os.replace(temporary, path)
+    os.replace(temporary, str(path))
 
 
-def put_if_absent(path: str | os.PathLike[str], data: bytes) -> bool:
+def put_if_absent(path: Location, data: bytes) -> bool:
     """Create `path` with `data` unless it exists; of several writers exactly one gets `True`.
 
     Locally this is a hard link to a finished temporary file, on S3 a conditional put (`If-None-Match: *`).
@@ -74,7 +77,7 @@ def put_if_absent(path: str | os.PathLike[str], data: bytes) -> bool:
         return True
     temporary = _write_temporary(path, data)
     try:
-        os.link(temporary, path)
+        os.link(temporary, str(path))
     except FileExistsError:
         return False
     finally:
@@ -82,17 +85,17 @@ def put_if_absent(path: str | os.PathLike[str], data: bytes) -> bool:
     return True
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
+def read_bytes(path: Location) -> bytes:
     """The whole file."""
     return to_path(path).read_bytes()
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: Location, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, whole or not at all."""
     write_bytes(path, encode_json(value))
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: Location) -> Any:
     """The JSON value in the file."""
     try:
         return json.loads(read_bytes(path))
@@ -112,7 +115,7 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: str | os.PathLike[str]) -> str:
+def sha256_file(path: Location) -> str:
     """Hex SHA-256 of a file, read in bounded memory."""
     digest = hashlib.sha256()
     with to_path(path).open("rb") as file:
@@ -121,7 +124,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def walk_files(directory: str | os.PathLike[str]) -> Iterator[tuple[str, UPath]]:
+def walk_files(directory: Location) -> Iterator[tuple[str, UPath]]:
     """Every file below `directory` as (relative posix name, path), sorted by name."""
     root = to_path(directory)
     prefix = root.path.rstrip("/") + "/"
@@ -129,14 +132,14 @@ def walk_files(directory: str | os.PathLike[str]) -> Iterator[tuple[str, UPath]]
     yield from sorted((item.path.removeprefix(prefix), item) for item in files)
 
 
-def copy_tree(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def copy_tree(source: Location, target: Location) -> None:
     """Copy every file below `source` to `target`, each whole or absent."""
     target = to_path(target)
     for name, item in walk_files(source):
         copy_file(item, target / name)
 
 
-def copy_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def copy_file(source: Location, target: Location) -> None:
     """Copy one file; a local target is renamed into place, a local file goes to S3 as one (multipart) upload."""
     source, target = to_path(source), to_path(target)
     if not is_local(target):
@@ -149,21 +152,21 @@ def copy_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     temporary = _temporary_name(target)
     with source.open("rb") as reader, temporary.open("wb") as writer:
         shutil.copyfileobj(reader, writer, CHUNK_BYTES)
-    os.replace(temporary, target)
+    os.replace(temporary, str(target))
 
 
-def fetch_dir(uri: str | os.PathLike[str]) -> Path:
+def fetch_dir(uri: Location) -> Path:
     """A local directory with the content of `uri`: itself when local, else a fresh copy below the temporary folder."""
     path = to_path(uri)
     if is_local(path):
-        return Path(path)
+        return Path(str(path))
     target = Path(tempfile.mkdtemp(prefix="audiomae-"))
     copy_tree(path, target)
     return target
 
 
 def _temporary_name(path: UPath) -> Path:
-    return Path(path).parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    return Path(str(path)).parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
 
 
 def _write_temporary(path: UPath, data: bytes) -> Path:

@@ -27,7 +27,7 @@ from audiomae.cli import UserError
 from audiomae.config import StrictConfig
 from audiomae.search import release as releases
 from audiomae.search.items import FilterError, Items
-from audiomae.storage import IntegrityError, read_json
+from audiomae.storage import IntegrityError, Location, read_json
 
 VECTORS_FILE, INDEX_FILE, TRAINED_FILE = "vectors.faiss", "index.faiss", "trained.faiss"
 IDS_FILE, DELETED_FILE, BLOCKED_FILE = "ids.npy", "deleted.npy", "blocked_ids.npy"
@@ -301,9 +301,7 @@ class AudioIndex:
         self._select = functools.lru_cache(maxsize=32)(self._selection)
 
     @classmethod
-    def open(
-        cls, index_dir: str | os.PathLike[str], version: str = "latest", fingerprint: str | None = None
-    ) -> "AudioIndex":
+    def open(cls, index_dir: Location, version: str = "latest", fingerprint: str | None = None) -> "AudioIndex":
         """Open a release after checking every file of it against its checksum.
 
         Args:

@@ -31,7 +31,7 @@ from upath import UPath
 from audiomae import storage
 from audiomae.cli import UserError, run_job
 from audiomae.config import nearest
-from audiomae.storage import IntegrityError
+from audiomae.storage import IntegrityError, Location
 
 FORMAT = 1
 RELEASE_FILE = "release.json"
@@ -71,9 +71,7 @@ class Release:
         return str(self.info["fingerprint"])
 
 
-def publish(
-    index_dir: str | os.PathLike[str], staging: Path, info: Mapping[str, Any], parent: Release | None = None
-) -> Release:
+def publish(index_dir: Location, staging: Path, info: Mapping[str, Any], parent: Release | None = None) -> Release:
     """Publish the files below `staging` as the next version and put it in force.
 
     Args:
@@ -108,7 +106,7 @@ def publish(
 
 
 @contextmanager
-def staging(index_dir: str | os.PathLike[str]) -> Iterator[Path]:
+def staging(index_dir: Location) -> Iterator[Path]:
     """A local directory to prepare a release in, beside a local INDEX so that publishing renames; removed after."""
     root = storage.to_path(index_dir)
     local = storage.is_local(root)
@@ -121,7 +119,7 @@ def staging(index_dir: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def resolve(index_dir: str | os.PathLike[str], version: str = "latest") -> Release:
+def resolve(index_dir: Location, version: str = "latest") -> Release:
     """The release in force, or a named one; `index_dir` may also be one release directory itself.
 
     Raises:
@@ -148,7 +146,7 @@ def resolve(index_dir: str | os.PathLike[str], version: str = "latest") -> Relea
     return Release(path, _read_info(path), number, entry["release_sha256"])
 
 
-def resolve_or_none(index_dir: str | os.PathLike[str]) -> Release | None:
+def resolve_or_none(index_dir: Location) -> Release | None:
     """The release in force, or None where nothing was published yet."""
     root = storage.to_path(index_dir)
     return resolve(root) if _history(root) else None
@@ -204,7 +202,7 @@ def fetch(release: Release) -> Release:
     return copy
 
 
-def rollback(index_dir: str | os.PathLike[str], version: str | None = None) -> Release:
+def rollback(index_dir: Location, version: str | None = None) -> Release:
     """Put an earlier version in force again: the parent of the current one, or the one named.
 
     The bad version stays on disk until `gc`; publishing goes on from the version rolled back to.
@@ -220,7 +218,7 @@ def rollback(index_dir: str | os.PathLike[str], version: str | None = None) -> R
     return Release(target.path, target.info, sequence, target.checksum)
 
 
-def gc(index_dir: str | os.PathLike[str], keep: int = 2) -> list[str]:
+def gc(index_dir: Location, keep: int = 2) -> list[str]:
     """Remove all but the last `keep` versions that were in force, and what dead builds left over a day ago.
 
     Returns the names removed. The version in force is never removed.

@@ -146,7 +146,7 @@ def start_http(host: str, port: int) -> None:
     """
     if not ray.is_initialized():
         ray.init(namespace="serve")
-    if ray.get_runtime_context().get_task_id() is not None:
+    if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
         raise click.UsageError("serve.app:build: in a config file, host and port go under `http_options`, not `args`")
     if not serve.status().proxies:
         refuse_taken_port(host, port)

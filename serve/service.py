@@ -25,6 +25,7 @@ from serve.versions import SharedVersion
 T = TypeVar("T")
 ATTEMPTS = 3
 RECHECK_S = 1.0
+READY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,18 @@ class SearchService:
         return self._serving
 
     async def check(self) -> Serving:
-        """The serving release, after a replica of each deployment has answered for it."""
-        serving = await self.serving()
-        await self._describe(serving.version)
-        return serving
+        """The serving release, after a replica of each deployment has answered for it.
+
+        Raises:
+            Problem: 503 `not_ready` when one has not within five seconds.
+        """
+        try:
+            async with asyncio.timeout(READY_S):
+                serving = await self.serving()
+                await self._describe(serving.version)
+                return serving
+        except TimeoutError:
+            raise Problem(503, "not_ready", f"encoder or index gave no sign within {READY_S:g} s") from None
 
     async def search_audio(
         self, data: bytes, k: int, filter: str | None, by_window: bool

@@ -23,16 +23,20 @@ from audiomae.corpus.manifest import open_source
 from audiomae.search.shards import EmbedSettings
 
 MEMORY_LIMIT_BYTES = 8 << 30
+BLOCK = 64
 READ_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Clip(NamedTuple):
-    """One window on its way to the encoder: float32 samples `[S]`, or int16 with the factor that restores them."""
+    """One window on its way to the encoder: float32 samples `[S]`, or int16 with the factors that restore them.
+
+    `scales` float32 `[ceil(S / 64)]`: one for each `BLOCK` of samples (`payload.quantise`).
+    """
 
     start_s: float
     end_s: float
     samples: np.ndarray
-    scale: float = 1.0
+    scales: np.ndarray | None = None
 
 
 Item = dict[str, Any]

@@ -15,7 +15,7 @@ import torch
 
 from audiomae.corpus.manifest import clip_id
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search.decoding import Clip, Decode, Item, ItemError
+from audiomae.search.decoding import BLOCK, Clip, Decode, Item, ItemError
 from audiomae.search.plan import extra_columns
 from audiomae.search.shards import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
 
@@ -210,18 +210,23 @@ class BatchEncoder:
         return vectors
 
     def _encode(self, clips: Sequence[Clip]) -> torch.Tensor:
-        longest = max(len(clip.samples) for clip in clips)
-        pinned = self.device.type == "cuda"
-        dtype = torch.int16 if clips[0].samples.dtype == np.int16 else torch.float32
-        padded = torch.zeros((len(clips), longest), dtype=dtype, pin_memory=pinned)
-        host = padded.numpy()
-        for row, clip in enumerate(clips):
-            host[row, : len(clip.samples)] = clip.samples
         lengths = torch.tensor([len(clip.samples) for clip in clips])
+        longest = int(lengths.max())
         self.samples += int(lengths.sum())
-        self.padded_samples += padded.numel()
-        waveforms = padded.to(self.device, non_blocking=True)
-        if dtype is torch.int16:
-            scales = torch.tensor([clip.scale for clip in clips], dtype=torch.float32)
-            waveforms = waveforms.float().mul_(scales.to(self.device, non_blocking=True)[:, None])
+        self.padded_samples += longest * len(clips)
+        if clips[0].scales is None:
+            waveforms = self._to_device([clip.samples for clip in clips], longest, torch.float32)
+        else:
+            blocks = -(-longest // BLOCK)
+            counts = self._to_device([clip.samples for clip in clips], blocks * BLOCK, torch.int16)
+            scales = self._to_device([clip.scales for clip in clips if clip.scales is not None], blocks, torch.float32)
+            waveforms = (counts.float().unflatten(1, (blocks, BLOCK)) * scales[:, :, None]).flatten(1)[:, :longest]
         return self.encoder(waveforms, lengths)  # it wants the lengths on the CPU
+
+    def _to_device(self, arrays: Sequence[np.ndarray], width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows zero-padded to `width`, `[len(arrays), width]`, copied without waiting for the device."""
+        padded = torch.zeros((len(arrays), width), dtype=dtype, pin_memory=self.device.type == "cuda")
+        host = padded.numpy()
+        for row, array in enumerate(arrays):
+            host[row, : len(array)] = array
+        return padded.to(self.device, non_blocking=True)

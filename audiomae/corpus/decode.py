@@ -26,7 +26,6 @@ import soxr
 from audiomae.config import StrictConfig
 from audiomae.corpus.errors import DecodeError
 from audiomae.corpus.readers import (
-    HEAD_BYTES,
     AudioInfo,
     AvReader,
     CorruptError,
@@ -326,7 +325,7 @@ def _opened(source: Any, limits: DecodeLimits) -> Iterator[_Opened]:
             return recorder.error if recorder else None
 
         try:
-            missing = missing_data(file.read(HEAD_BYTES), size)
+            missing = missing_data(file, size)
             if missing and not limits.allow_truncated:
                 raise DecodeError("decode", missing, "TruncatedFile")
             reader = _open_reader(target, file)
@@ -417,9 +416,10 @@ def _open_local(path: str) -> Iterator[BinaryIO]:
         raise DecodeError("open", f"{path}: permission denied", "PermissionDenied") from None
     except (OSError, ValueError) as error:
         raise DecodeError("open", f"{path}: {error}", "ReadFailed") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise DecodeError("open", f"{path}: {kind}", "NotAFile")
     with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 (a descriptor, not a path)
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise DecodeError("open", f"{path}: {kind}", "NotAFile")
         yield file

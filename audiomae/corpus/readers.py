@@ -29,6 +29,8 @@ MP3_LEAD_IN = 10 * 1152
 VORBIS_LEAD_IN = 2 * 8192
 VORBIS_LAST_PAGE = 255 * 4096  # 255 packets of the longest block Vorbis has
 HEAD_BYTES = 16 << 10
+OGG_PAGE_BYTES = 65_307  # at most
+MISSING_BYTES = 1024  # that a wav may lack at its end and still count as whole
 
 # Containers FFmpeg may open. Playlists and scripts (hls, concat, dash, ...) are left out: they make it open other URLs.
 FFMPEG_FORMATS = (
@@ -36,7 +38,7 @@ FFMPEG_FORMATS = (
     "mpc,mpc8,mpeg,mpegts,ogg,oma,rm,tak,truehd,tta,voc,w64,wav,wv,xwma"
 )
 SEEKABLE_SUBTYPES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW", "ALAC_", "IMA_ADPCM", "MS_ADPCM", "DPCM_")
-TRUSTED_LENGTHS = ("mov,", "matroska,", "asf", "caf", "wav", "wv", "tta", "ape", "flac")
+TRUSTED_LENGTHS = ("mov,", "matroska,", "asf", "caf", "wav", "wv", "tta", "ape", "flac", "ogg")
 
 Source = str | BinaryIO
 
@@ -91,17 +93,31 @@ def to_mono(samples: np.ndarray) -> np.ndarray:
     return samples.mean(axis=1, dtype=np.float32)
 
 
+class _ForwardFile(soundfile.SoundFile):
+    """A sound file that is only read forward.
+
+    For files that can seek, `soundfile` seeks to the current position after every read, which in an MP3 empties the bit
+    reservoir and in the last page of a Vorbis stream moves the position; a file that says it cannot is left alone.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
 class SoundfileReader:
     """libsndfile: wav, flac, ogg, mp3, aiff, au, caf, w64, ... A path is read by C code alone, the fastest way."""
 
     def __init__(self, source: Source) -> None:
         try:
-            self._file = soundfile.SoundFile(source)
+            self._file = _ForwardFile(source)
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
             raise UnreadableError(_reason(error)) from None
         file = self._file
         self._subtype = file.subtype
-        exact = file.seekable() and (
+        if file.format == "OGG" and "Corrupted bitstream" in file.extra_info:
+            file.close()
+            raise UnreadableError("the ogg stream has holes")
+        exact = soundfile.SoundFile.seekable(file) and (
             file.format == "FLAC"
             or self._subtype == "VORBIS"
             or self._subtype.startswith(("MPEG_LAYER_", *SEEKABLE_SUBTYPES))
@@ -117,8 +133,8 @@ class SoundfileReader:
         position = self._enter(start)
         step = max(1, BLOCK_VALUES // self.info.channels)
         while stop is None or position < stop:
-            count = step if stop is None else min(step, stop - position)
-            samples = self._read(count)
+            count = min(step, (self._file.frames if stop is None else min(stop, self._file.frames)) - position)
+            samples = self._read(count) if count > 0 else np.empty(0)
             if not len(samples):
                 return
             skip = max(0, start - position)
@@ -239,26 +255,50 @@ def _frame_samples(frame: av.AudioFrame) -> np.ndarray:
     return array.astype(np.float32) / -float(np.iinfo(array.dtype).min)
 
 
-def missing_data(head: bytes, size: int) -> str | None:
-    """Why a RIFF file of `size` bytes that begins with `head` is cut short; `None` for whole files and other kinds.
+def missing_data(file: BinaryIO, size: int) -> str | None:
+    """Why a wav, aiff, au or ogg file of `size` bytes is cut short; `None` for whole files and other kinds.
 
-    libsndfile reads a cut wav as if it were whole: only the header tells.
+    libsndfile reads a cut one as if it were whole: only the header (of the last page, in an ogg) tells.
     """
-    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+    head = file.read(HEAD_BYTES)
+    kind = head[:4], head[8:12]
+    if kind == (b"RIFF", b"WAVE"):
+        declared = _chunk(head, "<I", b"data")
+    elif kind in ((b"FORM", b"AIFF"), (b"FORM", b"AIFC")):
+        declared = _chunk(head, ">I", b"SSND")
+    elif head[:4] == b".snd" and len(head) >= 24:
+        declared = struct.unpack_from(">II", head, 4)
+    elif head[:4] == b"OggS":
+        return _missing_ogg_data(file, size)
+    else:
         return None
-    at, bytes_per_s = 12, 0
+    if declared is None or declared[1] >= 0x7FFFF000:  # no such chunk, or a pipe's "I do not know yet"
+        return None
+    missing = sum(declared) - size
+    if missing <= max(0.02 * declared[1], MISSING_BYTES):
+        return None
+    return f"the header declares {declared[1]} bytes of samples, {max(0, declared[1] - missing)} are there"
+
+
+def _chunk(head: bytes, layout: str, name: bytes) -> tuple[int, int] | None:
+    """(offset of the content, its declared length) of a chunk of a RIFF or FORM file."""
+    at = 12
     while at + 8 <= len(head):
-        name, length = head[at : at + 4], struct.unpack_from("<I", head, at + 4)[0]
-        if name == b"fmt " and at + 20 <= len(head):
-            bytes_per_s = struct.unpack_from("<I", head, at + 16)[0]
-        if name == b"data":
-            missing = at + 8 + length - size
-            streamed = length >= 0x7FFFF000  # a pipe's "I do not know yet"
-            if streamed or missing <= max(0.02 * length, 0.1 * bytes_per_s):
-                return None
-            return f"the header declares {length} bytes of samples, {max(0, length - missing)} are there"
+        length = int(struct.unpack_from(layout, head, at + 4)[0])
+        if head[at : at + 4] == name:
+            return at + 8, length
         at += 8 + length + (length & 1)
     return None
+
+
+def _missing_ogg_data(file: BinaryIO, size: int) -> str | None:
+    file.seek(max(0, size - 2 * OGG_PAGE_BYTES))
+    tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if not page.startswith(b"OggS"):
+        return None
+    length = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
+    return f"the last page breaks off, {length - len(page)} bytes are missing" if length > len(page) else None
 
 
 def has_mp3_length(file: BinaryIO) -> bool:

@@ -84,9 +84,15 @@ def local_path(text: str) -> Path:
 # --- S3 ---------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
 def s3_client() -> Any:
-    """A botocore S3 client of this process: endpoint and credentials from the AWS environment, requests retried."""
+    """A botocore S3 client: endpoint and credentials from the AWS environment, requests retried with backoff."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return _client(endpoint, os.getpid())
+
+
+@lru_cache(maxsize=2)
+def _client(_endpoint: str | None, _process: int) -> Any:
+    """One client for each endpoint and process: its connections must not be shared across a fork."""
     config = botocore.config.Config(
         retries={"mode": "standard", "max_attempts": 8},
         connect_timeout=10,

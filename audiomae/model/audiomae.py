@@ -5,17 +5,17 @@ Yadav, Theodoridis, Tan 2025, "AudioMAE++: learning better masked audio represen
 time-major. Positions are fixed 2-D sin-cos, computed for whatever grid comes in, so any length runs.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from timm.layers import Attention, DropPath, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from audiomae.config import StrictConfig
+from audiomae.model.blocks import MacaronBlock, init_weights, layer_norm
 from audiomae.model.masking import MaskMode, random_masking
 
 Size = Literal["debug", "tiny", "small", "medium", "base", "large", "huge"]
@@ -37,7 +37,6 @@ SIZES: dict[str, dict[str, int]] = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
-layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class AudioMAEConfig(StrictConfig):
@@ -162,32 +161,6 @@ class MAEOutput(NamedTuple):
     ids_restore: Tensor
 
 
-class MacaronBlock(nn.Module):
-    """x + FFN/2, + attention, + SwiGLU FFN, each pre-normed (Gulati et al. 2020's macaron, AudioMAE++'s SwiGLU)."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, ffn2_norm: str, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.norm1 = layer_norm(dim)
-        self.ffn1 = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.SiLU)
-        self.norm2 = layer_norm(dim)
-        self.attn = Attention(dim, heads, qkv_bias=True)
-        self.norm3 = layer_norm(dim)
-        self.ffn2 = SwiGLU(dim, int(4 * dim * (2 / 3)), norm_layer=layer_norm)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.share_norm2 = ffn2_norm == "norm2"
-        self.norm3.requires_grad_(not self.share_norm2)  # a parameter without a gradient would stall DDP
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        x = x + 0.5 * self.ffn1(self.norm1(x))
-        x = x + self.drop_path(self.attn(self.norm2(x), attn_mask=attn_mask))
-        norm = self.norm2 if self.share_norm2 else self.norm3
-        return x + self.drop_path(self.ffn2(norm(x)))
-
-    def cls_attention(self, x: Tensor, patch_mask: Tensor) -> Tensor:
-        """Attention of token 0 to the patches, for this block's input x [B, 1 + N, D] -> [B, N], rows sum to 1."""
-        return cls_attention(self.attn, self.norm2(x + 0.5 * self.ffn1(self.norm1(x))), patch_mask)
-
-
 class Decoder(nn.Module):
     """Visible tokens and mask tokens at all positions -> the pixels of every patch."""
 
@@ -218,9 +191,9 @@ class AudioMAE(nn.Module):
             MacaronBlock(config.embed_dim, config.num_heads, config.mlp_ratio, config.ffn2_norm, rate) for rate in rates
         )
         self.norm = layer_norm(config.embed_dim)
-        self.apply(_init_weights)
+        self.apply(init_weights)
         self.decoder = (
-            Decoder(config).apply(_init_weights) if decoder else None
+            Decoder(config).apply(init_weights) if decoder else None
         )  # last: a seed's encoder is one either way
 
     @property
@@ -394,21 +367,6 @@ def mae_loss(pred: Tensor, target: Tensor, mask: Tensor, norm_pix: bool) -> Tens
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
 
-def cls_attention(attn: Attention, x: Tensor, patch_mask: Tensor, prefix: int = 1) -> Tensor:
-    """How much token 0 attends to each patch, mean over heads: attention input x [B, prefix + N, D] -> float32 [B, N].
-
-    Only the cls query is computed; the softmax runs over a clip's real patches, so its row sums to 1.
-    """
-    batch, tokens, dim = x.shape
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    query = F.linear(x[:, 0], weight[:dim], None if bias is None else bias[:dim])
-    keys = F.linear(x[:, prefix:], weight[dim : 2 * dim], None if bias is None else bias[dim : 2 * dim])
-    query = attn.q_norm(query.view(batch, attn.num_heads, 1, -1))
-    keys = attn.k_norm(keys.view(batch, tokens - prefix, attn.num_heads, -1).transpose(1, 2))
-    scores = ((query @ keys.transpose(2, 3)) * attn.scale).squeeze(2).float()
-    return scores.masked_fill(~patch_mask[:, None], float("-inf")).softmax(-1).mean(1)
-
-
 def _take(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
@@ -433,9 +391,3 @@ def grid_positions(steps: int, bands: int, dim: int, device: torch.device, scale
 @torch.inference_mode(False)
 def flat_positions(count: int, dim: int, device: torch.device) -> Tensor:
     return _sincos(torch.arange(count), dim)[None].to(device)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)

@@ -13,84 +13,28 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from audiomae.config import ConfigError, StrictConfig, build_config
+from audiomae.config import ConfigError, build_config
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, EncoderOutput
 from audiomae.model.chunking import encode_long
-from audiomae.model.features import FeatureConfig, LogMel
+from audiomae.model.encoder_config import EncoderConfig, ProjectionConfig
+from audiomae.model.features import LogMel
 from audiomae.model.pooling import Pooling, PoolingName
 from audiomae.model.text import SUBDIR as TEXT_SUBDIR
-from audiomae.model.text import TextConfig, TextTower
+from audiomae.model.text import TextTower
 from audiomae.model.vit import SpectrogramViT, SpectrogramViTConfig
 from audiomae.storage import IntegrityError, copy_tree, fetch_dir, is_local, read_json, to_path, write_bytes, write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 Clip = str | PathLike[str] | np.ndarray | Tensor
-
-
-class ProjectionConfig(StrictConfig):
-    """Head after pooling, where a contrastive objective or a shared audio-text space wants one.
-
-    `hidden` None = one linear layer; else linear, GELU, linear.
-    """
-
-    dim: int = Field(default=512, gt=0)
-    hidden: int | None = Field(default=None, gt=0)
-
-
-BackboneConfig = Annotated[AudioMAEConfig | SpectrogramViTConfig, Field(discriminator="kind")]
-
-
-class EncoderConfig(StrictConfig):
-    """Everything that decides what vector a clip gets, but the weights.
-
-    Attributes:
-        long_input: what happens to clips longer than the backbone's window: `chunk` = window-long pieces, the tokens of
-            all pieces pooled together (as the official code); `interpolate` / `extend` = one sequence, positions
-            squeezed into the window / counted on.
-        official_windows: what the official HEAR code does to windows: a clip's last piece is filled with zeros that
-            take part in attention, and `freq_concat` and timestamps read a window's time-major tokens as if they were
-            band-major (so they concatenate five stretches of time rather than bands). False masks and sorts properly.
-        text: the text tower of a CLAP-trained encoder.
-    """
-
-    features: FeatureConfig = FeatureConfig()
-    backbone: BackboneConfig = AudioMAEConfig()
-    pooling: PoolingName = "mean"
-    projection: ProjectionConfig | None = None
-    long_input: Literal["chunk", "interpolate", "extend"] = "chunk"
-    official_windows: bool = False
-    text: TextConfig | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_kind(cls, values: Any) -> Any:
-        """`backbone.size=tiny` alone means an AudioMAE."""
-        if isinstance(values, dict) and isinstance(values.get("backbone"), dict):
-            return {**values, "backbone": {"kind": "audiomae", **values["backbone"]}}
-        return values
-
-    @model_validator(mode="after")
-    def _check_mels(self) -> "EncoderConfig":
-        if self.features.out_mels != self.backbone.img_size[1]:
-            raise ValueError(
-                f"features give {self.features.out_mels} mel rows, backbone.img_size has {self.backbone.img_size[1]}: "
-                "make features.n_mels (or resize_mels) and backbone.img_size[1] equal"
-            )
-        if self.official_windows and self.long_input != "chunk":
-            raise ValueError("official_windows: is defined for long_input=chunk only")
-        if self.backbone.kind == "timm" and self.long_input == "extend":
-            raise ValueError("long_input=extend: a timm ViT has learned positions; choose chunk or interpolate")
-        return self
 
 
 class AudioEncoder(nn.Module):
@@ -420,12 +364,7 @@ class AudioEncoder(nn.Module):
             copy_tree(folder, target)
 
     def _hash(self) -> str:
-        config = self.config
-        settings = config.model_dump(
-            mode="json", include={"features", "pooling", "projection", "long_input", "official_windows"}
-        )
-        settings["backbone"] = config.backbone.fingerprint_fields()
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.fingerprint_fields(), sort_keys=True).encode())
         for name, value in sorted(self.state_dict().items()):
             if name.startswith(("backbone.decoder.", "text_projection.")):
                 continue

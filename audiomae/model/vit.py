@@ -14,7 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from audiomae.config import StrictConfig
-from audiomae.model.audiomae import EncoderOutput, Positions, cls_attention
+from audiomae.model.audiomae import EncoderOutput, Positions
+from audiomae.model.blocks import cls_attention
 
 
 class SpectrogramViTConfig(StrictConfig):

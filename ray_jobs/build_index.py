@@ -168,6 +168,8 @@ def _run_train(work: Plan, parts_dir: str, config: BuildConfig) -> str:
 def _run_tasks(label: str, function: Callable[..., dict[str, Any]], calls: Sequence[tuple[Any, ...]]) -> None:
     import ray
 
+    if not calls:
+        return
     task = ray.remote(function).options(num_cpus=1)
     waiting = [task.remote(*call) for call in calls]
     with Progress(label, sum(call[0].num_rows for call in calls), "rows") as progress:

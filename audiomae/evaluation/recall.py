@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from audiomae.search.index import IndexSpec, Searcher, Selection
+from audiomae.search.index import Searcher, Selection
+from audiomae.search.spec import IndexSpec
 
 K = 10
 TIE = 1e-4  # float16 rounding of two equal vectors' similarities

@@ -29,10 +29,10 @@ from audiomae import storage
 from audiomae.cli import UserError
 from audiomae.search import index as ann
 from audiomae.search.build_plan import Part, Plan, Slice
-from audiomae.search.index import IndexSpec
 from audiomae.search.items import Items, ItemsWriter
 from audiomae.search.release import fetch, resolve
 from audiomae.search.shards import Receipt, column_to_vectors, read_shard
+from audiomae.search.spec import IndexSpec
 from audiomae.storage import IntegrityError
 
 ROWS_FILE, RECEIPT_FILE, ITEMS_FILE, PART_INDEX_FILE = "vectors.npy", "receipt.json", "items.parquet", "index.faiss"

@@ -18,10 +18,10 @@ from audiomae import storage
 from audiomae.cli import UserError
 from audiomae.config import StrictConfig
 from audiomae.search import index as ann
-from audiomae.search.index import IndexSpec
 from audiomae.search.items import Items
 from audiomae.search.release import Release, fetch
 from audiomae.search.shards import EmbeddingSet, Receipt, map_ahead
+from audiomae.search.spec import FLAT_MAX_ROWS, IndexSpec, choose
 
 
 class BuildConfig(StrictConfig):
@@ -43,7 +43,7 @@ class BuildConfig(StrictConfig):
     memory_gib: float | None = Field(default=None, gt=0)
     rows_per_part: int = Field(default=250_000, gt=0)
     min_parts: int = Field(default=2, gt=0)
-    flat_max_rows: int = Field(default=ann.FLAT_MAX_ROWS, ge=100)
+    flat_max_rows: int = Field(default=FLAT_MAX_ROWS, ge=100)
     compact_share: float = Field(default=0.1, ge=0, le=1)
     queries: int = Field(default=500, gt=0)
     keep_parts: bool = True
@@ -183,7 +183,7 @@ def make_plan(
     if total == 0:
         raise UserError("nothing to index: the embedding sets hold no rows, or all were deleted")
     dim = int(base.info["dim"]) if base else sets[0].dim
-    spec = ann.choose(total, dim, config.memory_gib, config.flat_max_rows)
+    spec = choose(total, dim, config.memory_gib, config.flat_max_rows)
     if base and not (reason := _why_rebuild(IndexSpec(**base.info["spec"]), spec, live, config)):
         unchanged = not keep.any() and np.array_equal(live, old.live) and np.array_equal(blocked, old.blocked)
         if unchanged and corpora == base.info["corpora"] and base.info["recall"]["value"] >= config.recall:

@@ -18,70 +18,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
 
-from audiomae.cli import UserError
-from audiomae.config import StrictConfig
 from audiomae.search import release as releases
 from audiomae.search.items import FilterError, Items
+from audiomae.search.spec import IndexSpec
+from audiomae.search.spec import choose as choose
 from audiomae.storage import IntegrityError, Location, read_json
 
 VECTORS_FILE, INDEX_FILE, TRAINED_FILE = "vectors.faiss", "index.faiss", "trained.faiss"
 IDS_FILE, DELETED_FILE, BLOCKED_FILE = "ids.npy", "deleted.npy", "blocked_ids.npy"
-FLAT_MAX_ROWS = 20_000  # up to here an exact scan takes about a millisecond
 EXACT_MAX_MATCHES = 20_000  # a filter that leaves no more rows than this is answered by an exact scan
 MAX_PROBE_FACTOR = 4.0  # how much wider to probe when a filter leaves a tenth of the rows or more
 TRAIN_ROWS_PER_LIST = 64
 ADD_BATCH = 16_384
 _READ_LOCK = threading.Lock()
-
-
-class IndexSpec(StrictConfig):
-    """What an index is made of and how it is searched.
-
-    `factory` is FAISS's own description of it ("" for the row store alone); `refine` times k candidates are rescored
-    exactly; `bytes_in_memory` is what a vector costs in RAM (the row store is mapped and not counted).
-    """
-
-    kind: Literal["flat", "ivf"]
-    factory: str = ""
-    nlist: int = 0
-    nprobe: int = 0
-    refine: int = 1
-    bytes_in_memory: int = 0
-
-
-def choose(
-    num_vectors: int, dim: int, memory_gib: float | None = None, flat_max_rows: int = FLAT_MAX_ROWS
-) -> IndexSpec:
-    """The index for this many vectors within this much memory.
-
-    The first that fits: the float16 row store alone (small), then an inverted file with 4 sqrt(N) lists and 16, 8 or
-    4 bits a component. `nprobe` is a starting point; a build tunes it to the recall asked for.
-
-    Raises:
-        UserError: when nothing fits, with the least memory that would do.
-    """
-    if num_vectors <= flat_max_rows:
-        return IndexSpec(kind="flat")
-    nlist = min(2 ** round(math.log2(4 * math.sqrt(num_vectors))), 2 ** int(math.log2(num_vectors / 39)))
-    budget = math.inf if memory_gib is None else memory_gib * 2**30
-    needed = 0.0
-    for codec, bits, refine in (("SQfp16", 16, 1), ("SQ8", 8, 2), ("SQ4", 4, 4)):
-        per_vector = math.ceil(dim * bits / 8) + 8  # the code and the row number
-        needed = num_vectors * per_vector + nlist * dim * 4
-        if needed <= budget:
-            factory = f"IVF{nlist},{codec}"
-            return IndexSpec(
-                kind="ivf", factory=factory, nlist=nlist, nprobe=1, refine=refine, bytes_in_memory=per_vector
-            )
-    raise UserError(
-        f"{num_vectors:,} vectors of {dim} dimensions need at least {needed / 2**30:.2f} GiB of index memory, "
-        f"got --memory-gib {memory_gib}: allow more, or split the corpus over several indexes"
-    )
 
 
 def to_rows(vectors: np.ndarray, source: str = "embeddings") -> np.ndarray:

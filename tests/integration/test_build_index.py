@@ -38,8 +38,10 @@ def build(out: Path | str, encoder: AudioEncoder, *dirs: Path | str, extra: list
     return main([*embeddings, "--encoder", str(encoder.home), "--out", str(out), *(extra or [])])
 
 
-def embedded(directory: Path, encoder: AudioEncoder, count: int, seed: int = 0, prefix: str = "") -> np.ndarray:
-    vectors = clusters(count, DIM, seed=seed)
+def embedded(
+    directory: Path, encoder: AudioEncoder, count: int, seed: int = 0, prefix: str = "", spread: float = 0.5
+) -> np.ndarray:
+    vectors = clusters(count, DIM, seed=seed, spread=spread)
     names = [f"{prefix}{row}.wav" for row in range(count)]
     labels = {"label": [f"class{row % 5}" for row in range(count)]}
     make_set(directory, vectors, names=names, columns=labels, fingerprint=encoder.fingerprint)
@@ -137,6 +139,17 @@ def test_recall_that_is_not_reached_publishes_nothing(tmp_path: Path, encoder: A
         build(tmp_path / "index", encoder, tmp_path / "a", extra=[*IVF, "--recall", "1.1"])
     assert release.resolve_or_none(tmp_path / "index") is None
     assert not (tmp_path / "index" / "LATEST").exists()
+
+
+def test_more_recall_tunes_the_index_again(tmp_path: Path, encoder: AudioEncoder) -> None:
+    embedded(tmp_path / "a", encoder, 1000, spread=3.0)
+    build(tmp_path / "index", encoder, tmp_path / "a", extra=[*IVF, "--recall", "0.2"])
+    first = release.resolve(tmp_path / "index").info
+    build(tmp_path / "index", encoder, tmp_path / "a", extra=[*IVF, "--recall", "0.99"])
+    second = release.resolve(tmp_path / "index").info
+    assert second["version"] == "v000002" and second["recall"]["value"] >= 0.99
+    assert second["spec"]["nprobe"] > first["spec"]["nprobe"]
+    assert second["checksums"]["index.faiss"] == first["checksums"]["index.faiss"]
 
 
 def test_encoders_that_do_not_belong_are_refused(tmp_path: Path, encoder: AudioEncoder) -> None:

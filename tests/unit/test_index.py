@@ -13,8 +13,9 @@ from audiomae import storage
 from audiomae.cli import UserError
 from audiomae.search import index as ann
 from audiomae.search import release
-from audiomae.search.index import AudioIndex, IndexSpec
+from audiomae.search.index import AudioIndex
 from audiomae.search.items import FilterError
+from audiomae.search.spec import IndexSpec
 from audiomae.storage import IntegrityError
 
 DIM, ROWS = 32, 3000
@@ -38,29 +39,6 @@ def exact(queries: np.ndarray, allowed: np.ndarray, k: int) -> np.ndarray:
     scores = queries @ VECTORS.T
     scores[:, ~allowed] = -np.inf
     return np.argsort(-scores, axis=1)[:, :k]
-
-
-@pytest.mark.parametrize(
-    ("rows", "memory_gib", "factory"),
-    [
-        (1, None, ""),
-        (20_000, 0.001, ""),
-        (20_001, None, "IVF512,SQfp16"),
-        (1_000_000, None, "IVF4096,SQfp16"),
-        (1_000_000, 0.5, "IVF4096,SQ8"),
-        (1_000_000, 0.25, "IVF4096,SQ4"),
-    ],
-)
-def test_choice_fits_size_and_memory(rows: int, memory_gib: float | None, factory: str) -> None:
-    spec = ann.choose(rows, 384, memory_gib)
-    assert spec.factory == factory
-    if memory_gib and factory:
-        assert rows * spec.bytes_in_memory + spec.nlist * 384 * 4 <= memory_gib * 2**30
-
-
-def test_choice_says_how_much_memory_it_needs() -> None:
-    with pytest.raises(UserError, match=r"need at least 0.19 GiB.*got --memory-gib 0.1"):
-        ann.choose(1_000_000, 384, 0.1)
 
 
 @pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,SQ8", "IVF16,SQ4"])

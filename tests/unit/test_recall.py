@@ -8,7 +8,8 @@ from embedding_sets import clusters
 
 from audiomae.evaluation import recall
 from audiomae.search import index as ann
-from audiomae.search.index import IndexSpec, Searcher
+from audiomae.search.index import Searcher
+from audiomae.search.spec import IndexSpec
 
 DIM, ROWS, K = 16, 4000, 10
 

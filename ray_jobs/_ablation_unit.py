@@ -21,8 +21,9 @@ from audiomae.storage import copy_tree, to_path, write_json
 from audiomae.training.data import localise
 from audiomae.training.items import build_items
 from audiomae.training.loop import ENCODER_DIR, TrainLoop
-from audiomae.training.recipe import TrainConfig
+from audiomae.training.recipe import CheckpointingConfig, TrainConfig
 
+NOTHING_TO_RESUME = CheckpointingConfig(every_epochs=10**9)
 BASELINES = {"mfcc": mfcc_statistics, "logmel": logmel_statistics}
 
 
@@ -112,6 +113,7 @@ def _train(
     config: TrainConfig, listing: pa.Table, cached: tuple[str, pa.Table], host: "_KeepEncoders"
 ) -> dict[str, Any]:
     cache, clips = cached
+    config = config.model_copy(update={"checkpoint": NOTHING_TO_RESUME})
     items = build_items(clips, listing, config.data, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loop = TrainLoop(config, items, localise(cache), device, host)

@@ -20,7 +20,12 @@ ROWS = {
     "attention": {
         "method": "continue",
         "technique": "attention pooling",
-        "changes": {"encoder": {"pooling": "attention"}, "objective": {"mae": 0, "contrastive": 1}, "epochs": 1},
+        "changes": {
+            "encoder": {"pooling": "attention"},
+            "objective": {"mae": 0, "contrastive": 1},
+            "optim": {"freeze_layers": 2},
+            "epochs": 1,
+        },
     },
     "mfcc": {"parent": None, "method": "mfcc", "technique": "MFCC"},
 }

@@ -16,14 +16,15 @@ from audiomae.cli import UserError
 from audiomae.corpus.sources import is_s3, join, local_path, name_to_uri, s3_client, split_s3
 
 TABLE_ROWS = 8192
+S3_PAGE_KEYS = 1000
 # fmt: off
 NOT_AUDIO = frozenset(
     {
         ".md", ".rst", ".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml",
         ".html", ".htm", ".pdf", ".log", ".ini", ".cfg", ".py", ".sh", ".js", ".css", ".ipynb", ".parquet", ".arrow",
         ".feather", ".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors", ".h5", ".hdf5", ".png", ".jpg", ".jpeg",
-        ".gif", ".bmp", ".svg", ".webp", ".doc", ".docx", ".xls", ".xlsx", ".sha256", ".md5", ".lab", ".textgrid",
-        ".srt", ".vtt", ".cue", ".m3u", ".m3u8", ".tmp", ".part", ".crdownload",
+        ".gif", ".bmp", ".svg", ".webp", ".doc", ".docx", ".xls", ".xlsx", ".sha256", ".md5", ".lab", ".cls",
+        ".textgrid", ".srt", ".vtt", ".cue", ".m3u", ".m3u8", ".tmp", ".part", ".crdownload",
     }
 )
 NOT_AUDIO_NAMES = frozenset(
@@ -236,7 +237,11 @@ def _s3_prefix(uri: str) -> tuple[str, str]:
 
 def _pages(uri: str, **request: Any) -> Iterator[dict[str, Any]]:
     try:
-        yield from s3_client().get_paginator("list_objects_v2").paginate(**request)
+        yield from (
+            s3_client()
+            .get_paginator("list_objects_v2")
+            .paginate(**request, PaginationConfig={"PageSize": S3_PAGE_KEYS})
+        )
     except botocore.exceptions.ClientError as error:
         if error.response.get("Error", {}).get("Code") == "NoSuchBucket":
             raise UserError(f"corpus {uri!r}: no such bucket") from None

@@ -173,7 +173,8 @@ def _durations(root: str, uris: list[str]) -> list[float | None]:
 
 def _duration(root: str, uri: str) -> float | None:
     try:
-        return probe(open_source(root, uri)).duration_s
+        info = probe(open_source(root, uri))
+        return info.duration_s if info.exact_seek else None  # else each segment would be decoded from the start
     except DecodeError:
         return None
 

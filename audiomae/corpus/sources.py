@@ -18,7 +18,7 @@ import urllib3.exceptions
 
 from audiomae.corpus.errors import DecodeError
 
-WHOLE_BYTES = 64 << 20  # objects up to this size are read in one go, larger ones through ranged reads
+WHOLE_BYTES = 16 << 20  # objects up to this size are read in one go, larger ones through ranged reads
 RANGE_BYTES = 4 << 20
 ATTEMPTS = 6
 TAR_MEMBER = re.compile(r"(.+?\.tar)#(.+)", re.DOTALL)
@@ -41,7 +41,7 @@ def open_source(root: str, uri: str, offset: int | None = None, size: int | None
         size: the row's `size`, with `offset`.
 
     Returns:
-        A local path; or the bytes of an S3 object or tar member up to 64 MiB; or a seekable file for larger ones.
+        A local path; or the bytes of an S3 object or tar member up to 16 MiB; or a seekable file for larger ones.
 
     Raises:
         DecodeError: stage "open" (NotFound, PermissionDenied) or "read" (ReadFailed, after retries).
@@ -120,14 +120,21 @@ def s3_error(uri: str, error: Exception) -> DecodeError:
     return DecodeError("read", f"{uri}: {type(error).__name__}: {error}", "ReadFailed")
 
 
-def s3_read(uri: str, start: int = 0, count: int | None = None) -> tuple[bytes, int]:
-    """(bytes [start, start + count) of an object, its whole size). A body that breaks off is asked for again."""
+def s3_read(uri: str, start: int = 0, count: int | None = None, limit: int | None = None) -> tuple[bytes, int]:
+    """(bytes [start, start + count) of an object, its whole size). A body that breaks off is asked for again.
+
+    An object larger than `limit` is not read at all: only its size is given.
+    """
     bucket, key = split_s3(uri)
     for attempt in range(ATTEMPTS):
         try:
             extra = {} if count is None else {"Range": f"bytes={start}-{start + count - 1}"}
             reply = s3_client().get_object(Bucket=bucket, Key=key, **extra)
-            body, total = reply["Body"].read(), _total_size(reply)
+            total = _total_size(reply)
+            if limit is not None and total > limit:
+                reply["Body"].close()
+                return b"", total
+            body = reply["Body"].read()
             if len(body) != reply["ContentLength"]:
                 raise ConnectionError(f"{len(body)} of {reply['ContentLength']} bytes arrived")
             return body, total
@@ -150,7 +157,7 @@ def _total_size(reply: dict[str, Any]) -> int:
 
 
 def _open_s3(uri: str) -> bytes | BinaryIO:
-    data, total = s3_read(uri, 0, WHOLE_BYTES)
+    data, total = s3_read(uri, limit=WHOLE_BYTES)
     return data if total <= WHOLE_BYTES else open_s3_file(uri, total)
 
 

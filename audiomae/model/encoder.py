@@ -1,39 +1,47 @@
 """AudioEncoder: waveforms in, unit vectors out. Features, backbone, pooling and projection as one saved thing.
 
-encoder = AudioEncoder.load("runs/first/encoder")
-vectors = encoder.embed(["dog.wav", "rain.ogg"])     # float32 [2, encoder.dim], unit length
-encoder.save("elsewhere")                            # config.json + model.safetensors
+In use:
+
+    encoder = AudioEncoder.load("runs/first/encoder")
+    vectors = encoder.embed(["dog.wav", "rain.ogg"])     # float32 [2, encoder.dim], unit length
+    encoder.save("elsewhere")                            # config.json + model.safetensors
 """
 
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+from upath import UPath
 
 from audiomae.config import ConfigError, build_config
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, EncoderOutput
 from audiomae.model.chunking import encode_long
+from audiomae.model.devices import pick_device, pick_dtype
 from audiomae.model.encoder_config import EncoderConfig, ProjectionConfig
+from audiomae.model.encoder_files import (
+    CONFIG_FILE,
+    TEXT_SUBDIR,
+    WEIGHTS_FILE,
+    load_text_tower,
+    read_weights,
+    save_text_tower,
+)
 from audiomae.model.features import LogMel
 from audiomae.model.pooling import Pooling, PoolingName
-from audiomae.model.text import SUBDIR as TEXT_SUBDIR
 from audiomae.model.text import TextTower
 from audiomae.model.vit import SpectrogramViT, SpectrogramViTConfig
-from audiomae.storage import IntegrityError, copy_tree, fetch_dir, is_local, read_json, to_path, write_bytes, write_json
+from audiomae.storage import IntegrityError, read_json, to_path, write_bytes, write_json
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+DECODER = "backbone.decoder."
 Clip = str | PathLike[str] | np.ndarray | Tensor
 
 
@@ -50,7 +58,7 @@ class AudioEncoder(nn.Module):
         self.text_projection = nn.Linear(config.text.dim, self.dim) if config.text else None
         self.compute_dtype = torch.float32
         self._text_tower: TextTower | None = None
-        self._text_source: Path | None = None
+        self._text_source: UPath | None = None
         self._known_fingerprint: tuple[object, str] | None = None
 
     # --- make, save, load -------------------------------------------------------------------------------------------
@@ -89,8 +97,8 @@ class AudioEncoder(nn.Module):
             encoder = load_pretrained(text, with_decoder=with_decoder)
         else:
             encoder = cls._load_dir(text, with_decoder)
-        chosen = _pick_device(device)
-        encoder.compute_dtype = _pick_dtype(dtype, chosen)
+        chosen = pick_device(device)
+        encoder.compute_dtype = pick_dtype(dtype, chosen)
         known = encoder.fingerprint
         encoder.to(chosen).eval()
         encoder._known_fingerprint = (encoder._stamp(), known)
@@ -116,29 +124,21 @@ class AudioEncoder(nn.Module):
                 f"{uri}: no encoder here ({CONFIG_FILE} not found); expected a directory written by AudioEncoder.save, "
                 "or official:PATH, timm:NAME, timm:local-dir:PATH"
             )
-        local = fetch_dir(uri)
+        saved = read_json(path / CONFIG_FILE)
+        config = build_config(EncoderConfig, saved.get("config", {}))
+        weights = read_weights(path / WEIGHTS_FILE)
+        if with_decoder and not any(name.startswith(DECODER) for name in weights):
+            raise ConfigError(f"{uri}: with_decoder=True, but the encoder was saved without its decoder")
+        if not with_decoder:
+            weights = {name: value for name, value in weights.items() if not name.startswith(DECODER)}
+        with torch.device("meta"):
+            encoder = cls(config, with_decoder)
         try:
-            saved = read_json(local / CONFIG_FILE)
-            config = build_config(EncoderConfig, saved.get("config", {}))
-            weights = load_file(local / WEIGHTS_FILE)
-            has_decoder = any(name.startswith("backbone.decoder.") for name in weights)
-            if with_decoder and not has_decoder:
-                raise ConfigError(f"{uri}: with_decoder=True, but the encoder was saved without its decoder")
-            if not with_decoder:
-                weights = {name: value for name, value in weights.items() if not name.startswith("backbone.decoder.")}
-            with torch.device("meta"):
-                encoder = cls(config, with_decoder)
-            encoder.features = LogMel(config.features)
             encoder.load_state_dict(weights, assign=True)
-            encoder._check_fingerprint(uri, saved.get("fingerprint"))
-            if config.text:
-                if is_local(path):
-                    encoder._text_source = local / TEXT_SUBDIR
-                else:
-                    encoder._text_tower = TextTower(config.text, local / TEXT_SUBDIR)
-        finally:
-            if not is_local(path):
-                shutil.rmtree(local, ignore_errors=True)
+        except RuntimeError as error:
+            raise IntegrityError(f"{uri}: {WEIGHTS_FILE} does not belong to {CONFIG_FILE}: {error}") from None
+        encoder._check_fingerprint(uri, saved.get("fingerprint"))
+        encoder._text_source = path / TEXT_SUBDIR
         return encoder
 
     def save(self, directory: str | PathLike[str], with_decoder: bool = False) -> None:
@@ -148,13 +148,13 @@ class AudioEncoder(nn.Module):
         weights = {
             name: value.detach().cpu().contiguous()
             for name, value in self.state_dict().items()
-            if with_decoder or not name.startswith("backbone.decoder.")
+            if with_decoder or not name.startswith(DECODER)
         }
         if self.config.text:
-            self._save_text(target / TEXT_SUBDIR)
-        write_bytes(str(target / WEIGHTS_FILE), to_safetensors(weights))
+            save_text_tower(self.text_tower, target / TEXT_SUBDIR)
+        write_bytes(target / WEIGHTS_FILE, to_safetensors(weights))
         write_json(
-            str(target / CONFIG_FILE),
+            target / CONFIG_FILE,
             {
                 "config": self.config.model_dump(mode="json"),
                 "fingerprint": self.fingerprint,
@@ -223,9 +223,7 @@ class AudioEncoder(nn.Module):
         return {
             "backbone": self.config.backbone.kind,
             "pooling": self.config.pooling,
-            "parameters": sum(
-                p.numel() for name, p in self.named_parameters() if not name.startswith("backbone.decoder.")
-            ),
+            "parameters": sum(p.numel() for name, p in self.named_parameters() if not name.startswith(DECODER)),
             "flops_per_window": counter.get_total_flops(),
             "window_s": self.window_s,
             "sample_rate": self.sample_rate,
@@ -325,7 +323,7 @@ class AudioEncoder(nn.Module):
                 "this encoder has no text tower: text queries need an encoder trained with the clap_text loss"
             )
         if self._text_tower is None:
-            self._text_tower = TextTower(self.config.text, self._text_source)
+            self._text_tower = load_text_tower(self.config.text, self._text_source)
         return self._text_tower.to(self.device)
 
     def project_text(self, hidden: Tensor) -> Tensor:
@@ -356,17 +354,10 @@ class AudioEncoder(nn.Module):
             raise ValueError(f"clip {position}: it has NaN or infinite samples: repair or drop it")
         return waveform
 
-    def _save_text(self, target: Any) -> None:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.text_tower.save(folder)
-            copy_tree(folder, target)
-
     def _hash(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config.fingerprint_fields(), sort_keys=True).encode())
         for name, value in sorted(self.state_dict().items()):
-            if name.startswith(("backbone.decoder.", "text_projection.")):
+            if name.startswith((DECODER, "text_projection.")):
                 continue
             array = value.detach().float().cpu().contiguous().numpy()
             digest.update(f"{name}{array.shape}".encode())
@@ -398,27 +389,3 @@ def _projection(width: int, config: ProjectionConfig | None) -> nn.Module:
     if config.hidden is None:
         return nn.Linear(width, config.dim)
     return nn.Sequential(nn.Linear(width, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.dim))
-
-
-def _pick_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-def _pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.bfloat16 if _native_bfloat16(device) else torch.float32
-    try:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    except KeyError:
-        raise ValueError(f"dtype: expected auto, float32 or bfloat16, got {dtype!r}") from None
-
-
-def _native_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products run in hardware: tensor cores, AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False

@@ -11,7 +11,6 @@ from torch import Tensor
 from audiomae.config import StrictConfig
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-SUBDIR = "text"  # where an encoder directory carries its own copy of the text model
 
 
 class TextConfig(StrictConfig):

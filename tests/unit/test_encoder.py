@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load as load_file_bytes
 from safetensors.torch import load_file, save_file
 
 from audiomae import AudioEncoder
@@ -147,7 +148,7 @@ def test_bfloat16_stays_close_to_float32(tmp_path):
 def test_auto_dtype_follows_the_hardware(tmp_path, monkeypatch):
     make().save(tmp_path)
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("audiomae.model.encoder._native_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr("audiomae.model.devices.native_bfloat16", lambda device, native=native: native)
         assert AudioEncoder.load(tmp_path, device="cpu").compute_dtype == expected
     with pytest.raises(ValueError, match="auto, float32 or bfloat16"):
         AudioEncoder.load(tmp_path, device="cpu", dtype="float8")
@@ -237,6 +238,21 @@ def test_changed_config_is_refused(tmp_path, encoder):
     saved["config"]["pool"] = "mean"
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match="'pool'; did you mean 'pooling'"):
+        AudioEncoder.load(tmp_path)
+
+
+def test_damaged_directory_is_explained(tmp_path, encoder):
+    encoder.save(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(IntegrityError, match="not a whole safetensors file"):
+        AudioEncoder.load(tmp_path)
+    weights = load_file_bytes(whole)
+    save_file({name: value for name, value in weights.items() if "norm1" not in name}, tmp_path / "model.safetensors")
+    with pytest.raises(IntegrityError, match=r"(?s)does not belong to config.json.*norm1"):
+        AudioEncoder.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(IntegrityError, match="copy the whole encoder directory"):
         AudioEncoder.load(tmp_path)
 
 

@@ -136,7 +136,7 @@ def test_code_in_a_checkpoint_is_not_run(folder):
             return (open, (str(folder / "ran"), "w"))
 
     with (folder / "checkpoint.pth").open("wb") as file:
-        pickle.dump({"model": Payload()}, file)
+        pickle.dump({"model": Payload()}, file, protocol=2)
     with pytest.raises(ValueError, match="never run"):
         AudioEncoder.load(f"official:{folder}")
     assert not (folder / "ran").exists()

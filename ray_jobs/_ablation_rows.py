@@ -120,18 +120,16 @@ def config_trees(rows: Mapping[str, Row], files: Sequence[str], sets: Sequence[s
 
 def plan_units(
     rows: Mapping[str, Row],
-    names: Sequence[str],
     trees: Mapping[str, dict[str, Any]],
     folds: Sequence[str],
     seeds: Sequence[int],
     fold_column: str,
     corpus_hash: str,
 ) -> list[Unit]:
-    """Every measurement of the named rows, parents before the units that need their weights.
+    """Every measurement, parents before the units that need their weights.
 
     Args:
-        rows, trees: of the whole folder.
-        names: rows to measure, in order.
+        rows, trees: of the whole folder, parents first.
         folds: each asks once, of the others' models.
         seeds: of weights, order, augmentation and validation split.
         fold_column: manifest column of the folds.
@@ -139,8 +137,7 @@ def plan_units(
     """
     sources = {row.parent for row in rows.values() if row.method in NEEDS_PARENT}
     units = []
-    for name in names:
-        row = rows[name]
+    for name, row in rows.items():
         # the weights a row builds on are decided by its ancestors' configs
         decided_by = [[rows[ancestor].method, trees[ancestor]] for ancestor in _weights_lineage(rows, name)]
         for seed in seeds[:1] if row.method in SEEDLESS else seeds:

@@ -2,7 +2,7 @@
 
 The rows differ from their parent by a few keys. Each (row, fold, seed) is one Ray task that trains, embeds the whole
 corpus, lets its fold query the others and commits one JSON; a relaunch does what is missing. The table is written
-again whenever a row is complete.
+anew every few minutes and at the end.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from ray_jobs._ray import connect
 RECIPES = Path(__file__).resolve().parent / "recipes"
 EXAMPLE = "python ray_jobs/ablation.py --corpus esc10.csv --out runs/ablation --seeds 0 1 2 --results docs/results.md"
 FILES_PER_TASK = 32
+TABLE_EVERY_S = 300.0
 TRAINS = ("train", "continue")
 
 
@@ -39,12 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     root, listing = _listing(args.corpus, str(data.label), args.fold_column)
     folds = _chosen_folds(listing, args.fold_column, args.folds)
     corpus_hash = _corpus_hash(listing, str(data.label), args.fold_column)
-    units = plan_units(rows, names, trees, folds, args.seeds, args.fold_column, corpus_hash)
+    every_unit = plan_units(rows, trees, folds, args.seeds, args.fold_column, corpus_hash)
+    units = [unit for unit in every_unit if unit.row in names]
     out = str(to_path(args.out))
     todo = [unit for unit in units if not _finished(out, unit)]
     print(f"{len(names)} rows, {len(units)} runs: {len(units) - len(todo)} done before, {len(todo)} to do")
-    table = _Table(args, rows, names, units, corpus_hash)
-    failures = _run(todo, units, table, out, root, listing, args) if todo else {}
+    table = _Table(args, rows, names, every_unit, corpus_hash)
+    failures = _run(todo, table, out, root, listing, args) if todo else {}
     table.write(failures)
     print(f"table: {args.results or out + '/results.md'}")
     for name, reason in failures.items():
@@ -114,7 +116,6 @@ def _finished(out: str, unit: Unit) -> bool:
 
 def _run(
     todo: Sequence[Unit],
-    units: Sequence[Unit],
     table: "_Table",
     out: str,
     root: str,
@@ -128,7 +129,7 @@ def _run(
     listing, audio = _decoded(root, listing, todo)
     caches = _caches(out, root, listing, todo)
     references = _submitted(todo, out, listing, audio, caches, args)
-    left = {name: sum(unit.row == name for unit in todo) for name in {unit.row for unit in todo}}
+    written = time.monotonic()
     failures: dict[str, str] = {}
     waiting = {reference: unit for unit, reference in references}
     with Progress("ablation", len(todo), "runs") as progress:
@@ -143,9 +144,9 @@ def _run(
                 note = f"{unit.name} failed: {failures[unit.name]}"
             print(note, flush=True)
             progress.update(1)
-            left[unit.row] -= 1
-            if left[unit.row] == 0:
+            if time.monotonic() - written > TABLE_EVERY_S:
                 table.write(failures)
+                written = time.monotonic()
     return failures
 
 
@@ -250,7 +251,7 @@ def _reason(error: Exception) -> str:
 
 
 class _Table:
-    """Writes the result table from what is committed."""
+    """Writes the result table: the rows asked for, and those that an earlier call measured in the same folder."""
 
     def __init__(
         self,
@@ -263,7 +264,7 @@ class _Table:
         self.args, self.rows, self.names, self.units, self.corpus_hash = args, rows, names, units, corpus_hash
 
     def write(self, failures: Mapping[str, str]) -> None:
-        """Markdown of every row with the runs that are committed now."""
+        """Write the Markdown with the runs that are committed now."""
         from audiomae.evaluation.ablation import render_table
 
         results = list(self._results())
@@ -275,14 +276,15 @@ class _Table:
         from ray_jobs._ablation_unit import result_path
 
         out = str(to_path(self.args.out))
-        for name in self.names:
-            row = self.rows[name]
+        for name, row in self.rows.items():
             units = [unit for unit in self.units if unit.row == name]
             runs = {
                 (unit.fold, unit.seed): read_json(result_path(out, unit.as_dict()))
                 for unit in units
                 if _finished(out, unit)
             }
+            if not runs and name not in self.names:
+                continue
             yield RowResults(
                 name=name,
                 technique=row.technique,

@@ -105,7 +105,8 @@ def render_table(rows: Sequence[RowResults], preface: str, failures: Mapping[str
         for row in rows:
             if row.section == section:
                 lines.append(_line(row, known, differences.get(row.name), corrected.get(row.name)))
-        lines += ["", *(f"- {row.technique}: {row.note}" for row in rows if row.section == section and row.note), ""]
+        notes = [f"- {row.technique}: {row.note}" for row in rows if row.section == section and row.note]
+        lines += ["", *notes, *([""] if notes else [])]
     if rows and rows[0].runs:
         lines += _folds(rows[0])
     if failures:
@@ -130,16 +131,23 @@ def _line(row: RowResults, known: Mapping[str, RowResults], found: Difference | 
     cells = [row.technique, against, runs]
     for metric in METRICS:
         values = list(row.values(metric).values())
-        cells.append("{:.3f} ± {:.3f}".format(*mean_std(values)) if values else "")
+        cells.append(_spread(values) if values else "")
     if found is None:
         cells += ["", "", ""]
     else:
         share = f"{found.relative:+.0%}"
-        cells.append(f"{100 * found.mean['mAP']:+.1f} ± {100 * found.std['mAP']:.1f} ({share})")
-        cells.append(f"{100 * found.mean['R@1']:+.1f} ± {100 * found.std['R@1']:.1f}")
+        points = [f"{100 * found.mean[metric]:+.1f}" for metric in METRICS]
+        if found.pairs > 1:
+            points = [f"{text} ± {100 * found.std[metric]:.1f}" for text, metric in zip(points, METRICS, strict=True)]
+        cells += [f"{points[0]} ({share})", points[1]]
         cells.append("" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}")
     cells.append(row.guess)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, std = mean_std(values)
+    return f"{mean:.3f} ± {std:.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 def _folds(row: RowResults) -> list[str]:

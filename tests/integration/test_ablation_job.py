@@ -96,6 +96,9 @@ def test_rows_of_every_kind_and_a_relaunch_that_does_only_what_is_missing(argume
     assert "| cls pooling | the recipe | 2 |" in text and "the recipe, fold by fold" in text
 
     before = stamps(results)
+    assert main([*argv, "--only", "mfcc"]) == 0
+    assert "2 done before, 0 to do" in capsys.readouterr().out
+    assert (tmp_path / "docs/results.md").read_text() == text  # what was measured before stays in the table
     assert main(argv) == 0
     assert "8 done before, 0 to do" in capsys.readouterr().out
     (results / "attention/fold-2-seed-0.json").unlink()

@@ -7,13 +7,14 @@ receipt that says the run is finished.
 
 import io
 import json
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
@@ -21,7 +22,7 @@ import yaml
 from audiomae.cli import Progress, UserError, job_parser, run_job
 from audiomae.config import ConfigError, build_config, dump_config, load_config
 from audiomae.model.encoder import AudioEncoder
-from audiomae.storage import is_local, read_bytes, read_json, to_path, write_bytes, write_json
+from audiomae.storage import copy_tree, is_local, read_bytes, read_json, to_path, write_bytes, write_json
 from audiomae.training.data import localise
 from audiomae.training.items import build_items
 from audiomae.training.recipe import TrainConfig
@@ -45,27 +46,29 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     config = load_config(TrainConfig, args.config, args.sets)
     run = to_path(args.storage) / args.name
-    _claim(run, config)
+    _check_config(run, config)
     if (run / RECEIPT).exists():
         print(f"already finished: {run / 'encoder'} ({_summary(read_json(run / RECEIPT))})")
         return 0
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")  # autoscaled or busy nodes take a while
     connect()
-    cache, items = _prepare(run, args, config)
     started = time.monotonic()
-    result = _fit(run, args, config, cache)
+    prepared = _prepare(run, args, config)
+    result = _fit(run, args, config, prepared.cache)
     if result.return_value:
         raise UserError(_stop_message(result))
-    receipt = _export(run, config, result) | {"seconds": round(time.monotonic() - started, 1), "clips": len(items)}
+    receipt = _export(run, config, result) | {"clips": prepared.clips, "failed_files": prepared.failed_files}
+    receipt["seconds"] = round(time.monotonic() - started, 1)
     write_json(run / RECEIPT, receipt)
     print(f"trained: {run / 'encoder'} ({_summary(receipt)})")
     return 0
 
 
-def _claim(run: Any, config: TrainConfig) -> None:
-    """Save the config of a new run, or refuse to continue a run with another one."""
+def _check_config(run: Any, config: TrainConfig) -> None:
+    """Refuse to continue a run with another config than it began with."""
     path = run / "config.yaml"
     if not path.exists():
-        write_bytes(path, dump_config(config).encode())
         return
     before = _flat(yaml.safe_load(read_bytes(path)))
     now = _flat(config.model_dump(mode="json"))
@@ -81,8 +84,16 @@ def _claim(run: Any, config: TrainConfig) -> None:
         )
 
 
-def _prepare(run: Any, args: Any, config: TrainConfig) -> tuple[str, pa.Table]:
-    """Features of the corpus and the table of clips; a resumed run must find the clips it began with."""
+class _Prepared(NamedTuple):
+    """Where the features are, how many clips they hold, and how many files could not be decoded."""
+
+    cache: str
+    clips: int
+    failed_files: int
+
+
+def _prepare(run: Any, args: Any, config: TrainConfig) -> _Prepared:
+    """Make the features of the corpus; save config and table of clips. A resumed run must find what it began with."""
     root, listing = list_files(args.corpus, config.data)
     where = config.data.cache or str(to_path(args.storage) / "features")
     features = AudioEncoder.load(config.init, device="cpu").config.features if config.init else config.encoder.features
@@ -103,7 +114,8 @@ def _prepare(run: Any, args: Any, config: TrainConfig) -> tuple[str, pa.Table]:
             f"the clips of {args.corpus} are not those that {run} began with; use another --name to start anew"
         )
     write_bytes(path, table.getvalue())
-    return cache, items
+    write_bytes(run / "config.yaml", dump_config(config).encode())
+    return _Prepared(cache, len(items), len(clips) - len(decoded))
 
 
 def _fit(run: Any, args: Any, config: TrainConfig, cache: str) -> Any:
@@ -112,7 +124,7 @@ def _fit(run: Any, args: Any, config: TrainConfig, cache: str) -> Any:
 
     filesystem, storage_path = _storage_of(args.storage)
     trainer = TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type]  # Ray 2.60 passes its return value on, its annotation says None
         train_loop_config={"config": config.model_dump(mode="json"), "run": str(run), "cache": cache},
         scaling_config=_scaling(config),
         run_config=RunConfig(
@@ -139,7 +151,7 @@ def _scaling(config: TrainConfig) -> Any:
     if cpus < config.workers.cpus:
         print(f"the cluster has {have.get('CPU', 0):g} CPUs for {least} workers: each reserves {cpus:g}")
     return ScalingConfig(
-        num_workers=least if least == most else (least, most),
+        num_workers=least if least == most else (least, most),  # type: ignore[arg-type]
         use_gpu=gpu,
         resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
     )
@@ -197,10 +209,33 @@ class _RayHost:
         now = time.monotonic()
         if now - self._written > PROGRESS_EVERY_S or step == total:
             self._written = now
-            write_json(self.run / PROGRESS_FILE, {"step": step, "total": total, "note": note})
+            write_json(self.run / PROGRESS_FILE, {"step": step, "total": total, "note": note, "pid": os.getpid()})
 
     def history(self, records: Sequence[dict[str, Any]]) -> None:
         write_bytes(self.run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+        if self._board is None:
+            self._board = _Board(self.run / "tensorboard", records[-1]["epoch"])
+        self._board.write(records[-1])
+
+
+class _Board:
+    """TensorBoard curves, one point an epoch. `first` hides what an interrupted worker wrote from that epoch on."""
+
+    def __init__(self, folder: Any, first: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self._local = Path(folder) if is_local(folder) else Path(tempfile.mkdtemp(prefix="audiomae-tensorboard-"))
+        self._writer = SummaryWriter(str(self._local), purge_step=first)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add an epoch's record; on S3 the event file is uploaded anew."""
+        for name, value in record.items():
+            if name != "epoch":
+                self._writer.add_scalar(name, value, record["epoch"])
+        self._writer.flush()
+        if not is_local(self.folder):
+            copy_tree(self._local, self.folder)
 
 
 class _ProgressWatch:

@@ -13,7 +13,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ class Loader:
                 self.store.read(int(clip), int(starts[view, row]), self.frames, features[view, row])
         return Batch(step, clips, features)
 
-    def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int, end_step: int) -> Generator[Batch]:
         """Batches of steps `first_step` to `end_step - 1`, read ahead."""
         ready: queue.Queue[Batch | BaseException] = queue.Queue(self.depth)
         stop = threading.Event()

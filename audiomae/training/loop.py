@@ -8,7 +8,7 @@ what an undisturbed one computes from step k, given the same number of workers a
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from audiomae.config import ConfigError
@@ -59,6 +59,12 @@ class NonFinite:
     step: int
     loss: float
     clips: list[str]
+
+
+class _NonFiniteStep(Exception):
+    def __init__(self, found: NonFinite) -> None:
+        super().__init__(found)
+        self.found = found
 
 
 @dataclass
@@ -134,6 +140,21 @@ class TrainLoop:
         checkpoint = self.host.restore()
         if checkpoint is not None:
             self._load(checkpoint)
+        every_steps = self.config.checkpoint.every_steps
+        try:
+            for values in self.steps():
+                if rank() == 0:
+                    self.host.progress(self.step, self.total_steps, f"loss {values['loss']:.4f}")
+                if self.step % self.sampler.steps_per_epoch == 0:
+                    self._finish_epoch()
+                elif every_steps and self.step % every_steps == 0:
+                    self._report({})
+        except _NonFiniteStep as stopped:
+            return stopped.found
+        return None
+
+    def steps(self) -> Generator[dict[str, float]]:
+        """Take the remaining optimiser steps one by one; yields each step's losses and gradient norm."""
         self.objective.train()
         began = time.perf_counter()
         for batch in self.loader.batches(self.step, self.total_steps):
@@ -141,17 +162,11 @@ class TrainLoop:
             values = self._train_step(batch)
             if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
                 clips = [self.items["uri"][int(row)].as_py() for row in self.sampler.global_batch(batch.step)]
-                return NonFinite(batch.step, values["loss"], clips)
+                raise _NonFiniteStep(NonFinite(batch.step, values["loss"], clips))
             self.step += 1
             self.meter.add(values, len(batch.clips) * world_size(), time.perf_counter() - began, waited)
-            if rank() == 0:
-                self.host.progress(self.step, self.total_steps, f"loss {values['loss']:.4f}")
-            if self.step % self.sampler.steps_per_epoch == 0:
-                self._finish_epoch()
-            elif self.config.checkpoint.every_steps and self.step % self.config.checkpoint.every_steps == 0:
-                self._report({})
+            yield values
             began = time.perf_counter()
-        return None
 
     def _finish_epoch(self) -> None:
         epoch = self.step // self.sampler.steps_per_epoch
@@ -187,9 +202,9 @@ class TrainLoop:
         parts = self._cached_backward(chunks, targets) if self._caches else self._plain_backward(chunks, targets)
         limit = config.optim.clip_grad or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
-        values = {name: float(value) for name, value in parts.items()}
-        weighted = {name: value * getattr(config.objective, name) for name, value in values.items()}
-        values |= {"loss": sum(weighted.values()), "grad_norm": float(norm)}
+        names = [*parts, "grad_norm"]
+        values = dict(zip(names, torch.stack([*parts.values(), norm]).tolist(), strict=True))  # one wait for the device
+        values["loss"] = sum(values[name] * getattr(config.objective, name) for name in parts)
         if math.isfinite(values["grad_norm"]):
             self.optimizer.step()
             torch.autograd.graph.increment_version(self.parameters)  # the fused step does not; fingerprints watch it
@@ -205,7 +220,7 @@ class TrainLoop:
         if self.device.type == "cuda":
             features = features.pin_memory()
         features = features.to(self.device, non_blocking=True).float()
-        generator = Generator().manual_seed(self._seed(batch.step, AUGMENTATION))
+        generator = torch.Generator().manual_seed(self._seed(batch.step, AUGMENTATION))
         augmented = augment(features.flatten(0, 1), self.window, self.config.augment, generator)
         return augmented.unflatten(0, features.shape[:2])
 
@@ -263,11 +278,11 @@ class TrainLoop:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=uses_bfloat16(self.config, self.device))
 
-    def _generator(self, micro_batch: int) -> Generator:
+    def _generator(self, micro_batch: int) -> torch.Generator:
         """The mask generator of a micro-batch; also seeds drop path, so that replays are equal."""
         seed = self._seed(self.step, MASKS, micro_batch)
         torch.manual_seed(seed)
-        return Generator(self.device).manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(seed)
 
     def _seed(self, step: int, *purpose: int) -> int:
         state = np.random.SeedSequence([self.config.seed, step, rank(), *purpose]).generate_state(1, np.uint64)

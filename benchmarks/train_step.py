@@ -1,0 +1,329 @@
+"""How fast is a training step? Against a bare PyTorch DDP script and against the official repository's block.
+
+    python benchmarks/train_step.py                     # tiny size, 2 processes, gloo, one thread each
+    python benchmarks/train_step.py --size base --workers 1 --batch 64     # on a GPU
+
+Both sides of a ratio run in the same processes and take turns step by step, so that whatever else the machine does
+hits both; beside wall time there is CPU time, which a busy machine disturbs less. The bare script has its batches in
+memory and nothing else around it: model, augmentation, loss, DDP, AdamW. Ours is `audiomae.training.loop` with its
+reader thread, seeds, metrics and checks.
+
+The official block (github.com/SarthakYadav/audiomae-plusplus-official, rebuilt here from its description: explicit
+softmax(q k^T) v, separate q, k, v splits, SwiGLU) replaces ours in encoder and decoder for the second ratio.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Generator, Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
+
+from audiomae.config import build_config
+from audiomae.model.audiomae import mae_loss
+from audiomae.model.encoder import AudioEncoder
+from audiomae.model.masking import random_masking
+from audiomae.training.augment import augment
+from audiomae.training.data import Batch, Segment, read_clips, write_shard
+from audiomae.training.items import build_items
+from audiomae.training.loop import Meter, TrainLoop, build_encoder, training_window, uses_bfloat16
+from audiomae.training.losses import info_nce
+from audiomae.training.recipe import TrainConfig
+
+CLIPS, CLIP_FRAMES, CLASSES = 256, 500, 10
+WARMUP = 3
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="tiny", help="debug, tiny, small, medium, base, large or huge")
+    parser.add_argument("--batch", type=int, default=16, help="clips per step, all workers together")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each side")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/train_step.json"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        _write_cache(folder)
+        mp.spawn(_worker, (args, folder), nprocs=args.workers)
+        result = json.loads((Path(folder) / "result.json").read_text())
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    tree = {
+        "encoder": {"backbone": {"size": args.size}},
+        "objective": {"mae": 1.0, "contrastive": 0.1, "mae_views": "all"},
+        "data": {"val_fraction": 0.0},
+        "batch_size": args.batch,
+        "epochs": 1000,
+        "workers": {"num": args.workers},
+    }
+    return build_config(TrainConfig, tree)
+
+
+def _write_cache(folder: str) -> None:
+    def extract(uri: str) -> list[Segment]:
+        draw = np.random.default_rng(int(uri))
+        return [Segment(0.0, CLIP_FRAMES / 100, draw.normal(-6, 2, size=(CLIP_FRAMES, 80)))]
+
+    write_shard(folder, 0, [str(index) for index in range(CLIPS)], extract)
+
+
+def _items(folder: str, config: TrainConfig) -> pa.Table:
+    clips = read_clips(folder, 1)
+    uris = [str(index) for index in range(CLIPS)]
+    labels = [f"c{index % CLASSES}" for index in range(CLIPS)]
+    return build_items(clips, pa.table({"uri": uris, "label": labels}), config.data, 0)
+
+
+def _worker(rank: int, args: argparse.Namespace, folder: str) -> None:
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(1)
+    if args.workers > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=args.workers)
+    config = _config(args)
+    loop = TrainLoop(config, _items(folder, config), Path(folder), device, _Silent())
+    batches = [loop.loader.read(step) for step in range(4)]
+    bare = _Bare(config, batches, loop.labels, device, args.workers, official=False)
+    official = _Bare(config, batches, loop.labels, device, args.workers, official=True)
+    ours = loop.steps()
+    sides = {"ours": lambda: next(ours), "bare": bare.step, "official": official.step}
+    wall, cpu = _take_turns(sides, args.steps, device)
+    loop.meter = Meter()
+    for _ in range(args.steps):  # without pauses in which the reader could get ahead
+        next(ours)
+    wait = loop.meter.summary()["data_wait_share"]
+    ours.close()
+    if rank == 0:
+        result = _result(args, wall, cpu, wait, device, uses_bfloat16(config, device))
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+    if args.workers > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _take_turns(
+    sides: dict[str, Callable[[], Any]], steps: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Wall and CPU seconds of every measured step of every side."""
+    wall: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
+    for round_number in range(WARMUP + steps):
+        names = list(sides)
+        shift = round_number % len(names)
+        for name in names[shift:] + names[:shift]:
+            began, began_cpu = time.perf_counter(), time.process_time()
+            sides[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if round_number >= WARMUP:
+                wall[name].append(time.perf_counter() - began)
+                cpu[name].append(time.process_time() - began_cpu)
+    return wall, cpu
+
+
+def _result(
+    args: argparse.Namespace,
+    wall: dict[str, list[float]],
+    cpu: dict[str, list[float]],
+    wait: float,
+    device: torch.device,
+    bfloat16: bool,
+) -> dict[str, Any]:
+    median = {name: statistics.median(values) for name, values in wall.items()}
+    return {
+        "size": args.size,
+        "batch": args.batch,
+        "views": 2,
+        "workers": args.workers,
+        "steps": args.steps,
+        "precision": "bfloat16" if bfloat16 else "float32",
+        "step_s": median["ours"],
+        "step_s_bare_ddp": median["bare"],
+        "step_s_official_block": median["official"],
+        "ratio_bare_ddp": _paired(wall, "bare"),
+        "ratio_official_block": _paired(wall, "official"),
+        "cpu_ratio_bare_ddp": _paired(cpu, "bare"),
+        "cpu_ratio_official_block": _paired(cpu, "official"),
+        "data_wait_share": wait,
+        "clips_per_s": args.batch / median["ours"],
+        "hardware": {
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else platform.processor() or platform.machine(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "load_average": os.getloadavg()[0],
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _paired(times: dict[str, list[float]], other: str) -> float:
+    """Median over rounds of our time to the other's in the same round."""
+    return statistics.median(a / max(b, 1e-9) for a, b in zip(times["ours"], times[other], strict=True))
+
+
+class _Silent:
+    """A host that keeps nothing."""
+
+    def restore(self) -> None:
+        return None
+
+    def report(self, metrics: Any, checkpoint: Any) -> None:
+        pass
+
+    def progress(self, step: int, total: int, note: str) -> None:
+        pass
+
+    def history(self, records: Any) -> None:
+        pass
+
+
+class _Bare:
+    """What a careful person writes by hand: resident batches, the model, DDP, AdamW."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: list[Batch],
+        labels: Tensor,
+        device: torch.device,
+        workers: int,
+        official: bool,
+    ) -> None:
+        self.config, self.device, self.workers = config, device, workers
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(config)
+        if official:
+            _use_official_blocks(encoder)
+        self.window = training_window(encoder)
+        self.model: nn.Module = _BareModel(encoder, config).to(device).train()
+        if workers > 1:
+            self.model = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+        )
+        self.batches = [
+            (torch.from_numpy(batch.features).to(device), labels[torch.from_numpy(batch.clips)].to(device))
+            for batch in batches
+        ]
+        self.calls = 0
+
+    def step(self) -> None:
+        features, labels = self.batches[self.calls % len(self.batches)]
+        self.calls += 1
+        generator = Generator().manual_seed(self.calls)
+        views = augment(features.flatten(0, 1).float(), self.window, self.config.augment, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=uses_bfloat16(self.config, self.device)):
+            loss = self.model(views, labels, Generator(self.device).manual_seed(self.calls))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if math.isfinite(float(norm)) and math.isfinite(float(loss.detach())):
+            self.optimizer.step()
+
+
+class _BareModel(nn.Module):
+    """Masked reconstruction and supervised InfoNCE over the visible tokens, gathered over ranks."""
+
+    def __init__(self, encoder: AudioEncoder, config: TrainConfig) -> None:
+        super().__init__()
+        self.encoder, self.weight = encoder, config.objective.contrastive
+
+    def forward(self, views: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        encoder: Any = self.encoder
+        backbone: Any = encoder.backbone
+        x = encoder.features.finish(views).x
+        grid = backbone.grid(x.shape[2])
+        every = torch.ones(len(x), grid[0] * grid[1], dtype=torch.bool, device=x.device)
+        drawn = random_masking(every, grid, backbone.config.mask_ratio, "unstructured", generator)
+        seen = backbone.encode(x, ids_keep=drawn.ids_keep)
+        pred = backbone.decode(seen.tokens, drawn.ids_restore)
+        reconstruction = mae_loss(pred, backbone.patchify(x), drawn.mask, True)
+        with torch.autocast(x.device.type, enabled=False):
+            z = encoder.head(seen.tokens)
+            groups = labels.repeat(2)
+            if dist.is_initialized():
+                z = torch.cat(list(all_gather(z)))
+                parts = [torch.empty_like(groups) for _ in range(dist.get_world_size())]
+                dist.all_gather(parts, groups)
+                groups = torch.cat(parts)
+            return reconstruction + self.weight * info_nce(z, groups, 0.1)
+
+
+class _OfficialAttention(nn.Module):
+    """Attention with its scores written out, as before fused kernels; takes over the weights of a timm `Attention`."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.num_heads: int = attention.num_heads
+        self.scale: float = attention.scale
+        self.qkv: nn.Module = attention.qkv
+        self.proj: nn.Module = attention.proj
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        rows, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(rows, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        scores = (q @ k.transpose(-2, -1)) * self.scale
+        weights = scores.softmax(dim=-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(rows, tokens, dim))
+
+
+class _OfficialSwiGLU(nn.Module):
+    """SwiGLU with one product for gate and value, split afterwards: silu(a) * b, normed, projected."""
+
+    def __init__(self, ffn: Any) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(ffn.fc1_g.in_features, 2 * ffn.fc1_g.out_features)
+        self.norm: nn.Module = ffn.norm
+        self.w3: nn.Module = ffn.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(self.norm(nn.functional.silu(gate) * value))
+
+
+class _OfficialBlock(nn.Module):
+    """x + FFN/2, + attention, + SwiGLU, the second norm used twice."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1: nn.Module = block.norm1
+        self.norm2: nn.Module = block.norm2
+        block.ffn1.act = nn.SiLU()
+        self.ffn1: nn.Module = block.ffn1
+        self.attn, self.ffn2 = _OfficialAttention(block.attn), _OfficialSwiGLU(block.ffn2)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        x = x + 0.5 * self.ffn1(self.norm1(x))
+        x = x + self.attn(self.norm2(x))
+        return x + self.ffn2(self.norm2(x))
+
+
+def _use_official_blocks(encoder: AudioEncoder) -> None:
+    backbone: Any = encoder.backbone
+    for network in (backbone, backbone.decoder):
+        network.blocks = nn.ModuleList(_OfficialBlock(block) for block in network.blocks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Training that is killed ends where training that is not killed ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+import torch
+
+from ray_jobs import train
+
+ROOT = Path(train.__file__).resolve().parent.parent
+RECIPE = ROOT / "ray_jobs" / "recipes" / "debug.yaml"
+EPOCHS, STEPS_PER_EPOCH = 24, 2
+DEADLINE_S = 240
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """20 noisy tones of two classes."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = np.random.default_rng(0)
+    for index in range(20):
+        (folder / f"c{index % 2}").mkdir(exist_ok=True)
+        tone = np.sin(2 * np.pi * (300 + 2000 * (index % 2)) * np.arange(32000) / 16000)
+        soundfile.write(
+            folder / f"c{index % 2}" / f"{index:02d}.wav", 0.3 * tone + 0.02 * draw.normal(size=32000), 16000
+        )
+    return folder
+
+
+def arguments(corpus: Path, storage: Path, name: str) -> list[str]:
+    sets = [f"epochs={EPOCHS}", "batch_size=8", "data.val_fraction=0.2", "validation.every_epochs=6"]
+    flags = ["--config", str(RECIPE), *(word for item in sets for word in ("--set", item))]
+    return [*flags, "--corpus", str(corpus), "--storage", str(storage), "--name", name]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, corpus, tmp_path_factory) -> Path:
+    storage = tmp_path_factory.mktemp("undisturbed")
+    assert train.main(arguments(corpus, storage, "run")) == 0
+    return storage / "run"
+
+
+def last_state(run: Path) -> dict:
+    checkpoint = sorted(run.glob("checkpoint_0*"))[-1]
+    return torch.load(checkpoint / "state.pt", weights_only=True)
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    ours, theirs = last_state(run), last_state(other)
+    assert ours["step"] == theirs["step"] == EPOCHS * STEPS_PER_EPOCH
+    for name, value in theirs["objective"].items():
+        torch.testing.assert_close(ours["objective"][name], value, rtol=0, atol=1e-6)
+    losses = [[record["loss"] for record in state["records"]] for state in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == EPOCHS
+
+
+def registered_step(run: Path) -> int:
+    """Step of the last checkpoint that Ray Train knows of; a resumed run starts there."""
+    try:
+        latest = json.loads((run / "checkpoint_manager_snapshot.json").read_text())["latest_checkpoint_result"]
+        return int(latest["checkpoint_dir_name"].rpartition("_")[2])
+    except (OSError, ValueError, TypeError):  # not there, half written, or none yet
+        return 0
+
+
+def progress(run: Path) -> dict:
+    try:
+        return json.loads((run / "progress.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
+    """Poll until the run is where the test wants it; fails if it ends before or never gets there."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert alive(), "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run did not get to where it should be killed"
+        time.sleep(0.02)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL the driver first, then whatever Ray processes it started."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    for child in children:
+        if child.is_running():
+            child.kill()
+    process.wait()
+
+
+def test_a_job_killed_twice_ends_with_the_same_weights(undisturbed, corpus, tmp_path):
+    command = [sys.executable, "ray_jobs/train.py", *arguments(corpus, tmp_path, "run")]
+    run = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    resumed_from = []
+    for steps in (4, 16):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        wait_for(lambda steps=steps: registered_step(run) >= steps, lambda p=process: p.poll() is None)
+        kill_tree(process)
+        resumed_from.append(registered_step(run))
+        assert not (run / "train.json").exists()
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+    assert 4 <= resumed_from[0] < resumed_from[1] < EPOCHS * STEPS_PER_EPOCH
+    assert_same_end(run, undisturbed)
+    receipts = [json.loads((path / "train.json").read_text()) for path in (run, undisturbed)]
+    assert receipts[0]["step"] == receipts[1]["step"]
+
+
+def test_a_killed_worker_is_restarted_and_ends_with_the_same_weights(undisturbed, corpus, tmp_path):
+    run, status = tmp_path / "run", []
+    job = threading.Thread(target=lambda: status.append(train.main(arguments(corpus, tmp_path, "run"))), daemon=True)
+    job.start()
+    wait_for(lambda: registered_step(run) >= 4 and progress(run).get("step", 0) >= 4, job.is_alive)
+    victim = progress(run)["pid"]
+    assert victim != os.getpid()
+    os.kill(victim, signal.SIGKILL)
+    job.join(DEADLINE_S)
+    assert status == [0]
+    assert progress(run)["pid"] != victim
+    assert_same_end(run, undisturbed)

@@ -14,9 +14,11 @@ from ray.util.annotations import RayDeprecationWarning
 from audiomae.cli import Progress
 from audiomae.corpus.decode import DecodeError, probe
 from audiomae.corpus.manifest import open_source
+from audiomae.search.decoding import EmbedJob
+from audiomae.search.payload import decode_shards
 from audiomae.search.plan import Plan, ShardEntry
 from audiomae.search.shards import read_receipts
-from audiomae.search.stages import EmbedJob, EncodeStage, FusedStage, decode_shards
+from audiomae.search.stages import EncodeStage, FusedStage
 
 PASSES = 4
 RESERVED_CPU = 0.5  # left free in all: a pool that holds every CPU stops whatever else Ray must run

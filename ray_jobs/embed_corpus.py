@@ -16,9 +16,9 @@ from audiomae.cli import UserError, job_parser, run_job
 from audiomae.config import StrictConfig, load_config
 from audiomae.corpus.manifest import Corpus, list_corpus
 from audiomae.model.encoder import AudioEncoder
+from audiomae.search.decoding import EmbedJob
 from audiomae.search.plan import Plan, load_plan, new_plan, normalise_listing, read_items
 from audiomae.search.shards import EmbeddingSet, EmbedSettings, collect_garbage, map_ahead, read_receipts
-from audiomae.search.stages import EmbedJob
 from audiomae.search.update import copy_shard, difference, updated_plan
 from audiomae.storage import to_path, write_json
 from ray_jobs._embed_estimate import estimate

@@ -6,24 +6,30 @@ file is a failure row like any other. The child answers over a socket pair and e
 """
 
 import contextlib
+import faulthandler
 import math
 import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from audiomae.config import StrictConfig
 from audiomae.corpus.decode import DecodeError, iter_windows
 from audiomae.corpus.manifest import open_source
 from audiomae.search.shards import EmbedSettings
 
 MEMORY_LIMIT_BYTES = 8 << 30
 BLOCK = 64
+TRIES = 3
+BACKOFF_S = 0.5
 READ_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -71,6 +77,42 @@ def decode_item(item: Item, root: str, settings: EmbedSettings) -> Iterator[Clip
         raise ItemError("decode", "MemoryError", f"not enough memory to decode it: {error}") from error
     except Exception as error:  # storage clients raise what they like: a lost connection, a 503
         raise ItemError("read", type(error).__name__, str(error), passing=True) from error
+
+
+def consume_item(item: Item, decode: Decode, accept: Callable[[Clip], None], reset: Callable[[], None]) -> Item | None:
+    """Pass the windows of one item to `accept`; `None`, or a failure row after `reset` has undone what was accepted.
+
+    What may pass (a lost connection, a 503, a decoder process that died) is tried again with backoff.
+    """
+    for attempt in range(1, TRIES + 1):
+        empty = True
+        try:
+            for clip in decode(item):
+                empty = False
+                accept(clip)
+            if empty:
+                return failure_row(item, "decode", "EmptyAudio", "no samples in the file or segment")
+            return None
+        except ItemError as error:
+            reset()
+            if not error.passing or attempt == TRIES:
+                tried = f" (tried {attempt} times)" if attempt > 1 else ""
+                return failure_row(item, error.stage, error.error_class, error.message + tried)
+        time.sleep(BACKOFF_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def failure_row(item: Item, stage: str, error_class: str, message: str) -> Item:
+    """A row of `failures/`; the span is that of the segment, open-ended for a whole file."""
+    start, end = item.get("segment_start_s"), item.get("segment_end_s")
+    return {
+        "uri": item["uri"],
+        "start_s": start or 0.0,
+        "end_s": end if end is not None and math.isfinite(end) else None,
+        "stage": stage,
+        "error_class": error_class,
+        "message": message[:2000],
+    }
 
 
 class IsolatedDecoder:
@@ -126,6 +168,41 @@ class IsolatedDecoder:
             self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
             theirs.close()
         return self._pipe
+
+
+class EmbedJob(StrictConfig):
+    """All a worker needs to know; it travels with every stage."""
+
+    out: str
+    encoder: str
+    root: str
+    settings: EmbedSettings
+    manifest: str
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
+    threads: int = 1
+    isolate: bool = False
+    stall_timeout_s: float = 600.0
+
+
+def decoder_of(job: EmbedJob) -> Decode:
+    """How this job decodes an item: here, guarded by a watchdog, or in a child process."""
+    if job.isolate:
+        return IsolatedDecoder(job.root, job.settings, job.stall_timeout_s)
+    return partial(_watched, job)
+
+
+def _watched(job: EmbedJob, item: Item) -> Iterator[Clip]:
+    """Decode here; a decoder stuck in a C library ends this process, so that the shard is retried in isolation."""
+    try:
+        faulthandler.dump_traceback_later(job.stall_timeout_s, exit=True)
+        for clip in decode_item(item, job.root, job.settings):
+            faulthandler.cancel_dump_traceback_later()
+            yield clip
+            faulthandler.dump_traceback_later(job.stall_timeout_s, exit=True)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def serve(pipe: Connection) -> None:

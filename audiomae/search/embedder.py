@@ -4,7 +4,6 @@
 encode function. `audiomae/search/stages.py` runs it in worker processes.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,12 @@ import torch
 
 from audiomae.corpus.manifest import clip_id
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search.decoding import BLOCK, Clip, Decode, Item, ItemError
+from audiomae.search.decoding import BLOCK, Clip, Decode, Item, consume_item, failure_row
 from audiomae.search.plan import extra_columns
 from audiomae.search.shards import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
 
 MAX_PADDING = 0.05
 BUFFER_SAMPLES = 16 << 20  # 64 MB of float32: about 17 minutes at 16 kHz
-TRIES = 3
-BACKOFF_S = 0.5
 
 
 Encode = Callable[[Sequence[Clip]], np.ndarray]
@@ -61,42 +58,6 @@ def embed_shard(items: pa.Table, decode: Decode, encode: Encode, settings: Embed
     decode_s = time.perf_counter() - began - rows.encode_s
     table, audio_s = _build_table(items, rows, failures, settings)
     return ShardResult(table, pa.Table.from_pylist(failures, FAILURE_SCHEMA), audio_s, decode_s, rows.encode_s)
-
-
-def consume_item(item: Item, decode: Decode, accept: Callable[[Clip], None], reset: Callable[[], None]) -> Item | None:
-    """Pass the windows of one item to `accept`; `None`, or a failure row after `reset` has undone what was accepted.
-
-    What may pass (a lost connection, a 503, a decoder process that died) is tried again with backoff.
-    """
-    for attempt in range(1, TRIES + 1):
-        empty = True
-        try:
-            for clip in decode(item):
-                empty = False
-                accept(clip)
-            if empty:
-                return failure_row(item, "decode", "EmptyAudio", "no samples in the file or segment")
-            return None
-        except ItemError as error:
-            reset()
-            if not error.passing or attempt == TRIES:
-                tried = f" (tried {attempt} times)" if attempt > 1 else ""
-                return failure_row(item, error.stage, error.error_class, error.message + tried)
-        time.sleep(BACKOFF_S * 2**attempt)
-    raise AssertionError("unreachable")
-
-
-def failure_row(item: Item, stage: str, error_class: str, message: str) -> Item:
-    """A row of `failures/`; the span is that of the segment, open-ended for a whole file."""
-    start, end = item.get("segment_start_s"), item.get("segment_end_s")
-    return {
-        "uri": item["uri"],
-        "start_s": start or 0.0,
-        "end_s": end if end is not None and math.isfinite(end) else None,
-        "stage": stage,
-        "error_class": error_class,
-        "message": message[:2000],
-    }
 
 
 class _Rows:

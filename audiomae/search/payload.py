@@ -15,8 +15,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from audiomae.search.decoding import BLOCK, Clip, Decode, Item, ItemError
-from audiomae.search.embedder import consume_item
+from audiomae.search.decoding import (
+    BLOCK,
+    Clip,
+    Decode,
+    EmbedJob,
+    IsolatedDecoder,
+    Item,
+    ItemError,
+    consume_item,
+    decoder_of,
+)
+from audiomae.search.plan import ShardEntry, read_shard_items
 
 MAX_SAMPLES = 32 << 20  # 64 MB of int16: about 35 minutes at 16 kHz
 FULL_SCALE = 32767
@@ -121,3 +131,18 @@ def _lists(arrays: list[np.ndarray], dtype: type) -> pa.LargeListArray:
 def _rows(lists: pa.LargeListArray) -> list[np.ndarray]:
     flat, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
     return [flat[start:end] for start, end in pairwise(offsets)]
+
+
+def decode_shards(job: EmbedJob, batch: pa.Table) -> pa.Table:
+    """Shard entries in; out, one row per shard: its entry and its decoded windows as one Arrow IPC buffer."""
+    decode = decoder_of(job)
+    buffers = []
+    for text in batch["entry"].to_pylist():
+        payload = Payload(began=time.time())
+        items = read_shard_items(job.out, ShardEntry.model_validate_json(text))
+        for number, item in enumerate(items.to_pylist()):
+            payload.decode(number, item, decode)
+        buffers.append(payload.pack())
+    if isinstance(decode, IsolatedDecoder):
+        decode.close()
+    return pa.table({"entry": batch["entry"], "payload": pa.array(buffers, pa.large_binary())})

@@ -5,23 +5,20 @@ the same cores, since nothing crosses between processes. `decode_shards` and `En
 on a GPU: windows cross as int16 (`payload.py`).
 """
 
-import faulthandler
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from functools import partial
 
 import pyarrow as pa
 import torch
 
-from audiomae.config import StrictConfig
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search.decoding import Clip, Decode, IsolatedDecoder, Item, decode_item
+from audiomae.search.decoding import EmbedJob, Item, decoder_of
 from audiomae.search.embedder import BatchEncoder, ShardResult, embed_shard
 from audiomae.search.payload import Payload
 from audiomae.search.plan import ShardEntry, read_shard_items
-from audiomae.search.shards import EmbedSettings, commit_shard
+from audiomae.search.shards import commit_shard
 from audiomae.storage import IntegrityError
 
 REPORT_SCHEMA = pa.schema(
@@ -41,41 +38,6 @@ REPORT_SCHEMA = pa.schema(
         ("ended", pa.float64()),
     ]
 )
-
-
-class EmbedJob(StrictConfig):
-    """All a worker needs to know; it travels with every stage."""
-
-    out: str
-    encoder: str
-    root: str
-    settings: EmbedSettings
-    manifest: str
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int | None = None
-    threads: int = 1
-    isolate: bool = False
-    stall_timeout_s: float = 600.0
-
-
-def decoder_of(job: EmbedJob) -> Decode:
-    """How this job decodes an item: here, guarded by a watchdog, or in a child process."""
-    if job.isolate:
-        return IsolatedDecoder(job.root, job.settings, job.stall_timeout_s)
-    return partial(_watched, job)
-
-
-def _watched(job: EmbedJob, item: Item) -> Iterator[Clip]:
-    """Decode here; a decoder stuck in a C library ends this process, so that the shard is retried in isolation."""
-    try:
-        faulthandler.dump_traceback_later(job.stall_timeout_s, exit=True)
-        for clip in decode_item(item, job.root, job.settings):
-            faulthandler.cancel_dump_traceback_later()
-            yield clip
-            faulthandler.dump_traceback_later(job.stall_timeout_s, exit=True)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 class _Embedder:
@@ -142,22 +104,6 @@ class FusedStage(_Embedder):
             return self.commit(entry, result, began)
         except Exception:
             return _error(entry, began)
-
-
-def decode_shards(job: EmbedJob, batch: pa.Table) -> pa.Table:
-    """Shard entries in; out, one row per shard: its entry and its decoded windows as one Arrow IPC buffer."""
-    torch.set_num_threads(1)
-    decode = decoder_of(job)
-    buffers = []
-    for text in batch["entry"].to_pylist():
-        payload = Payload(began=time.time())
-        items = read_shard_items(job.out, ShardEntry.model_validate_json(text))
-        for number, item in enumerate(items.to_pylist()):
-            payload.decode(number, item, decode)
-        buffers.append(payload.pack())
-    if isinstance(decode, IsolatedDecoder):
-        decode.close()
-    return pa.table({"entry": batch["entry"], "payload": pa.array(buffers, pa.large_binary())})
 
 
 class EncodeStage(_Embedder):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from audiomae.corpus.manifest import clip_id
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search import embedder
+from audiomae.search import decoding, embedder
 from audiomae.search.decoding import Clip, Item, ItemError
 from audiomae.search.embedder import BatchEncoder, batches_by_length, embed_shard
 from audiomae.search.shards import EmbedSettings, column_to_vectors
@@ -22,7 +22,7 @@ SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=2, sample_rate=100, mode="win
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedder, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(decoding, "BACKOFF_S", 0.0)
 
 
 def items(*uris: str) -> pa.Table:

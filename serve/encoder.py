@@ -46,8 +46,8 @@ class Encoder:
             sample_rate=encoder.sample_rate,
             window_s=encoder.window_s,
             dim=encoder.dim,
-            has_text=encoder.has_text,
             device=str(encoder.device),
+            text_reason=text_reason(encoder),
         )
 
     async def encode(self, version: str, windows: Sequence[np.ndarray]) -> np.ndarray:
@@ -76,6 +76,17 @@ class Encoder:
         if encoder.fingerprint != release.fingerprint:
             raise mismatch(release, encoder.fingerprint)
         return encoder
+
+
+def text_reason(encoder: AudioEncoder) -> str | None:
+    """Why the encoder cannot embed text; `None` when it can, its text model then being loaded."""
+    if not encoder.has_text:
+        return "its encoder was trained on sound alone: train with a CLAP objective and publish that encoder"
+    try:
+        encoder.text_tower  # noqa: B018 (loads on first use)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def checked_encoder_dir(release: releases.Release) -> Path:

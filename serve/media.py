@@ -89,7 +89,7 @@ def spectrogram_png(samples: np.ndarray) -> bytes:
 
     hop = max(256, -(-len(samples) // PICTURE_COLUMNS))
     mel = librosa.feature.melspectrogram(
-        y=samples, sr=PICTURE_RATE, n_fft=2048, hop_length=hop, n_mels=PICTURE_MELS, power=2.0
+        y=samples, sr=PICTURE_RATE, n_fft=2048, hop_length=hop, n_mels=PICTURE_MELS, power=2.0, htk=True
     )
     file = io.BytesIO()
     imsave(file, librosa.power_to_db(mel, ref=np.max, top_db=80.0), cmap="magma", origin="lower", format="png")

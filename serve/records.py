@@ -18,8 +18,9 @@ class EncoderInfo:
     sample_rate: int
     window_s: float
     dim: int
-    has_text: bool
     device: str
+    text_reason: str | None
+    """Why it cannot embed text; `None` when it can."""
 
 
 @dataclass(frozen=True)

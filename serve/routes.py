@@ -31,7 +31,7 @@ from serve.schema import (
     VectorQuery,
     VectorSearchResponse,
 )
-from serve.service import SearchService, Serving, text_reason
+from serve.service import SearchService, Serving
 from serve.uploads import LimitBody, read_upload
 
 TOKEN_VARIABLE = "AUDIOMAE_ADMIN_TOKEN"
@@ -204,7 +204,6 @@ async def require_token(authorization: Annotated[str | None, Header()] = None) -
 
 def release_info(serving: Serving) -> ReleaseInfo:
     """The public description of what is served."""
-    reason = text_reason(serving)
     return ReleaseInfo(
         version=serving.version,
         fingerprint=serving.index.fingerprint,
@@ -213,8 +212,8 @@ def release_info(serving: Serving) -> ReleaseInfo:
         columns=list(serving.index.columns),
         sample_rate=serving.encoder.sample_rate,
         window_s=serving.window_s,
-        text=reason is None,
-        text_reason=reason,
+        text=serving.encoder.text_reason is None,
+        text_reason=serving.encoder.text_reason,
         device=serving.encoder.device,
     )
 

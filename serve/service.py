@@ -26,6 +26,7 @@ T = TypeVar("T")
 ATTEMPTS = 3
 RECHECK_S = 1.0
 READY_S = 5.0
+RELOAD_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class SearchService:
     ) -> tuple[Serving, list[Ranked], Timing]:
         """Hits for a description in words, where the encoder has a text tower."""
         serving = await self.serving()
-        if (reason := text_reason(serving)) is not None:
-            raise Problem(501, "no_text_tower", reason)
+        if serving.encoder.text_reason is not None:
+            detail = f"release {serving.version} cannot be searched by text: {serving.encoder.text_reason}"
+            raise Problem(501, "no_text_tower", detail)
         checked = self._checked(serving, k, filter)
         timing = Timing()
         encoding = self._call(self._encoder.encode_text, serving.version, [text])
@@ -164,10 +166,12 @@ class SearchService:
         try:
             concrete = await self._call(self._index.resolve, version)
             indexes, encoders = await asyncio.gather(
-                self._index.broadcast("load", concrete).results_async(),
-                self._encoder.broadcast("load", concrete).results_async(),
+                self._index.broadcast("load", concrete).results_async(timeout_s=RELOAD_S),
+                self._encoder.broadcast("load", concrete).results_async(timeout_s=RELOAD_S),
             )
             serving = joined(concrete, encoders[0], indexes[0])
+        except TimeoutError as error:
+            raise Problem(504, "timeout", f"not every replica opened the release within {RELOAD_S:g} s") from error
         except UserError as error:
             raise Problem(404, "unknown_release", reason(error)) from error
         except IntegrityError as error:
@@ -261,16 +265,6 @@ def merge_rankings(rankings: list[list[Ranked]]) -> list[Ranked]:
         if hit.row["id"] not in best or hit.score > best[hit.row["id"]].score:
             best[hit.row["id"]] = hit
     return sorted(best.values(), key=lambda hit: (-hit.score, hit.row["id"]))
-
-
-def text_reason(serving: Serving) -> str | None:
-    """Why the serving release cannot be searched by text; `None` when it can."""
-    if serving.encoder.has_text:
-        return None
-    return (
-        f"release {serving.version} has no text tower: its encoder was trained on sound alone; "
-        "train with a CLAP objective and publish a release of that encoder"
-    )
 
 
 def try_again(code: str, error: BaseException) -> Problem:

@@ -149,7 +149,7 @@ async function describeRelease() {
     const release = await ask("release");
     $("release").textContent = `release ${release.version}: ${release.rows.toLocaleString("en")} items`;
     $("text").disabled = $("go").disabled = !release.text;
-    if (!release.text) $("text-reason").textContent = "Words cannot be searched: this release was trained on sound alone.";
+    if (!release.text) $("text-reason").textContent = `No search by words: ${release.text_reason}.`;
   } catch (error) {
     $("release").textContent = `not ready: ${error.message}`;
   }

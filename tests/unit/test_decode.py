@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import soxr
 
-from audiomae.corpus import decode as module
+from audiomae.corpus import opening
 from audiomae.corpus.decode import DecodeError, DecodeLimits, decode, iter_windows, probe
 from tests.audio_files import ALL_CASES, signal, write_case
 from tests.mutations import riff
@@ -179,6 +179,7 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("name", "subtype"), [("flac", "PCM_16"), ("ogg", "VORBIS"), ("wav", "PCM_U8")])
 def test_24_hours_in_the_memory_of_10_minutes(tmp_path: Path, name: str, subtype: str) -> None:
     minute = signal(8000, 60)
@@ -229,7 +230,7 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module.os, "open", refuse)  # the suite may run as root, whom no mode bits stop
+    monkeypatch.setattr(opening.os, "open", refuse)  # the suite may run as root, whom no mode bits stop
     assert failure(path).error_class == "PermissionDenied"
 
 
@@ -308,7 +309,7 @@ def test_decompression_bomb_is_bounded(tmp_path: Path) -> None:
 def test_cpu_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = wav(tmp_path / "a.wav", signal(RATE, 5))
     clock = iter(range(0, 100_000, 100))
-    monkeypatch.setattr(module.time, "thread_time", lambda: next(clock))
+    monkeypatch.setattr(opening.time, "thread_time", lambda: next(clock))
     error = failure(path)
     assert error.error_class == "TooSlow" and error.stage == "limits"
 
@@ -352,7 +353,7 @@ def test_probe_reads_no_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def never(*_: object) -> Iterator[np.ndarray]:
         raise AssertionError("probe must not decode")
 
-    monkeypatch.setattr(module.SoundfileReader, "blocks", never)
+    monkeypatch.setattr(opening.SoundfileReader, "blocks", never)
     info = probe(path)
     assert (info.sample_rate, info.channels, info.num_frames, info.duration_s) == (48000, 1, 144000, 3.0)
     assert info.exact_seek and info.codec == "wav/float" and math.isclose(info.duration_s or 0, 3)

@@ -1,5 +1,6 @@
 """The Ray side of `embed_corpus`: the pipeline over the shards of a plan, retried until every shard is committed."""
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from audiomae.corpus.decode import DecodeError, probe
 from audiomae.corpus.manifest import open_source
 from audiomae.search.decoding import EmbedJob
 from audiomae.search.payload import decode_shards
-from audiomae.search.plan import Plan, ShardEntry
+from audiomae.search.plan import ShardEntry
 from audiomae.search.shards import read_receipts
 from audiomae.search.stages import EncodeStage, FusedStage
 
@@ -69,7 +70,7 @@ def cluster_size() -> tuple[int, int]:
     return max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
 
 
-def run_passes(job: EmbedJob, plan: Plan, pending: Sequence[ShardEntry], topology: Topology) -> list[dict[str, Any]]:
+def run_passes(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> list[dict[str, Any]]:
     """Embed the pending shards; what a first pass leaves (its worker kept dying) is retried file by file in isolation.
 
     Returns the reports of all shards that were finished or failed with a reason.
@@ -80,8 +81,10 @@ def run_passes(job: EmbedJob, plan: Plan, pending: Sequence[ShardEntry], topolog
         for attempt in range(PASSES):
             for report in _run(job.model_copy(update={"isolate": attempt > 0}), pending, topology):
                 reports.append(report)
-                if report["status"] != "error":
-                    progress.update(report["inputs"], f"{report['failed']} failed in the last shard")
+                if report["status"] == "error":
+                    print(f"shard {report['shard']} was not finished: {report['message']}", file=sys.stderr)
+                else:
+                    progress.update(report["inputs"])
             committed = read_receipts(job.out, [entry.name for entry in pending])
             pending = [entry for entry in pending if entry.name not in committed]
             if not pending:

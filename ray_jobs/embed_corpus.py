@@ -22,7 +22,8 @@ from audiomae.search.shards import EmbeddingSet, EmbedSettings, collect_garbage,
 from audiomae.search.update import copy_shard, difference, updated_plan
 from audiomae.storage import to_path, write_json
 from ray_jobs._embed_estimate import estimate
-from ray_jobs._embedding import Topology, choose_topology, cluster_size, probe_durations, run_passes
+from ray_jobs._embed_summary import failure_counts, final_line, summarise
+from ray_jobs._embedding import choose_topology, cluster_size, probe_durations, run_passes
 from ray_jobs._ray import connect
 
 ENCODER_KINDS = ("official:", "timm:local-dir:")
@@ -90,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value:,}")
         return 0
     plan = plan_in_force(config, settings, corpus, listing)
-    reports, skipped, topology = embed(config, plan)
-    return finish(config, plan, summarise(config, plan, reports, skipped, topology, time.time() - began))
+    return finish(config, plan, embed(config, plan, began))
 
 
 def parse_arguments(argv: list[str] | None) -> EmbedConfig:
@@ -186,8 +186,8 @@ def failed_uris(out: str) -> list[str]:
     return pc.unique(EmbeddingSet.open(out).failures()["uri"]).to_pylist()
 
 
-def embed(config: EmbedConfig, plan: Plan) -> tuple[list[dict[str, Any]], int, Topology | None]:
-    """Commit every shard that is not committed yet; the shards' reports, and how many files were done before."""
+def embed(config: EmbedConfig, plan: Plan, began: float) -> dict[str, Any]:
+    """Commit every shard that is not committed yet; a summary of the run, which `began` then."""
     write_json(to_path(config.out) / "run.json", run_record(config, plan, "running"))
     committed = read_receipts(config.out, [entry.name for entry in plan.shards])
     skipped = sum(receipt.inputs for receipt in committed.values())
@@ -200,7 +200,7 @@ def embed(config: EmbedConfig, plan: Plan) -> tuple[list[dict[str, Any]], int, T
     if skipped:
         print(f"{skipped:,} of {plan.num_items:,} files are embedded already and skipped")
     if not pending:
-        return [], skipped, None
+        return summarise([], [], skipped, None, time.time() - began, config.price_per_hour)
     connect()
     topology = choose_topology(config.topology, config.workers, len(pending), *cluster_size())
     print(f"{sum(entry.items for entry in pending):,} files in {len(pending):,} shards, {topology.describe()}")
@@ -216,46 +216,9 @@ def embed(config: EmbedConfig, plan: Plan) -> tuple[list[dict[str, Any]], int, T
         threads=config.threads,
         stall_timeout_s=config.stall_timeout_s,
     )
-    return run_passes(job, plan, pending, topology), skipped, topology
-
-
-def summarise(
-    config: EmbedConfig,
-    plan: Plan,
-    reports: list[dict[str, Any]],
-    skipped: int,
-    topology: Topology | None,
-    elapsed_s: float,
-) -> dict[str, Any]:
-    """What the final line and run.json say of this run; rates count from the first file to the last."""
-    done = [report for report in reports if report["status"] == "committed"]
-    totals = {name: sum(report[name] for report in done) for name in ("inputs", "clips", "audio_s")}
-    summary: dict[str, Any] = {**totals, "skipped": skipped, "elapsed_s": round(elapsed_s, 3)}
-    if done and topology:
-        wall_s = max(report["ended"] for report in done) - min(report["began"] for report in done)
-        shares = stage_shares(done, topology, wall_s)
-        summary |= {
-            "wall_s": wall_s,
-            "clips_per_s": totals["clips"] / wall_s,
-            "x_real_time": totals["audio_s"] / wall_s,
-        }
-        summary |= {
-            "topology": topology.kind,
-            "stages": shares,
-            "bottleneck": max(shares, key=lambda name: shares[name]),
-        }
-        if config.price_per_hour is not None and totals["audio_s"]:
-            summary["cost_per_1000_audio_hours"] = config.price_per_hour * elapsed_s / totals["audio_s"] * 1000
-    return summary
-
-
-def stage_shares(reports: list[dict[str, Any]], topology: Topology, wall_s: float) -> dict[str, float]:
-    """How busy each stage's workers were, 0 to 1: the busiest holds the others up."""
-    slots = {"decode": topology.decoders or topology.encoders, "encode": topology.encoders, "write": topology.encoders}
-    return {
-        stage: round(sum(report[f"{stage}_s"] for report in reports) / (count * wall_s), 3)
-        for stage, count in slots.items()
-    }
+    reports = run_passes(job, pending, topology)
+    receipts = read_receipts(config.out, [entry.name for entry in pending]).values()
+    return summarise(reports, receipts, skipped, topology, time.time() - began, config.price_per_hour)
 
 
 def finish(config: EmbedConfig, plan: Plan, summary: dict[str, Any]) -> int:
@@ -287,29 +250,6 @@ def finish(config: EmbedConfig, plan: Plan, summary: dict[str, Any]) -> int:
         share = failed / plan.num_items
         raise UserError(f"{share:.1%} of the files failed, more than --max-failure-rate {config.max_failure_rate:.1%}")
     return 0
-
-
-def final_line(summary: dict[str, Any], failed: int) -> str:
-    """Clips, audio hours, speed, failures, skipped, bottleneck, cost."""
-    if "wall_s" not in summary:
-        return f"nothing to do: {summary['skipped']:,} files were embedded before, {failed:,} of them failed"
-    parts = [
-        f"{summary['clips']:,} clips, {summary['audio_s'] / 3600:,.2f} audio hours in {summary['wall_s']:,.1f} s",
-        f"{summary['clips_per_s']:,.1f} clips/s, {summary['x_real_time']:,.0f}x real time",
-        f"{failed:,} failed, {summary['skipped']:,} skipped",
-        f"bottleneck {summary['bottleneck']} ("
-        + ", ".join(f"{name} {share:.0%}" for name, share in summary["stages"].items())
-        + " busy)",
-    ]
-    if "cost_per_1000_audio_hours" in summary:
-        parts.append(f"{summary['cost_per_1000_audio_hours']:,.2f} per 1,000 audio hours")
-    return "; ".join(parts)
-
-
-def failure_counts(embeddings: EmbeddingSet) -> list[tuple[str, int]]:
-    """Error classes of all failures, most frequent first."""
-    counts = embeddings.failures().group_by("error_class").aggregate([("uri", "count")]).to_pylist()
-    return sorted(((row["error_class"], row["uri_count"]) for row in counts), key=lambda pair: -pair[1])
 
 
 def run_record(config: EmbedConfig, plan: Plan, status: str) -> dict[str, Any]:

@@ -158,6 +158,11 @@ def commit_shard(
     return False
 
 
+def is_committed(out: str | UPath, shard: str) -> bool:
+    """Whether the shard has its receipt."""
+    return (to_path(out) / "commits" / f"{shard}.json").exists()
+
+
 def read_receipts(out: str | UPath, shards: Sequence[str]) -> dict[str, Receipt]:
     """The receipts of those of `shards` that are committed."""
     directory = to_path(out) / "commits"

@@ -18,7 +18,7 @@ from audiomae.search.decoding import EmbedJob, Item, decoder_of
 from audiomae.search.embedder import BatchEncoder, ShardResult, embed_shard
 from audiomae.search.payload import Payload
 from audiomae.search.plan import ShardEntry, read_shard_items
-from audiomae.search.shards import commit_shard
+from audiomae.search.shards import commit_shard, is_committed
 from audiomae.storage import IntegrityError
 
 REPORT_SCHEMA = pa.schema(
@@ -99,11 +99,13 @@ class FusedStage(_Embedder):
     def _embed(self, entry: ShardEntry) -> Item:
         began = time.time()
         try:
+            if is_committed(self.job.out, entry.name):  # by a worker that was killed before it could say so
+                return _report(entry, "duplicate", began)
             items = read_shard_items(self.job.out, entry)
             result = embed_shard(items, self.decode, self.encode, self.job.settings)
             return self.commit(entry, result, began)
         except Exception:
-            return _error(entry, began)
+            return _report(entry, "error", began, traceback.format_exc(limit=-3))
 
 
 class EncodeStage(_Embedder):
@@ -124,6 +126,8 @@ class EncodeStage(_Embedder):
     def _embed(self, entry: ShardEntry, buffer: pa.Buffer) -> Item:
         payload = Payload.unpack(buffer)
         try:
+            if is_committed(self.job.out, entry.name):
+                return _report(entry, "duplicate", payload.began)
             items = read_shard_items(self.job.out, entry)
             decode = decoder_of(self.job)
             with self.lock:
@@ -131,20 +135,21 @@ class EncodeStage(_Embedder):
             result.decode_s += payload.decode_s
             return self.commit(entry, result, payload.began)
         except Exception:
-            return _error(entry, payload.began)
+            return _report(entry, "error", payload.began, traceback.format_exc(limit=-3))
 
 
 def _reports(rows: list[Item]) -> pa.Table:
     return pa.Table.from_pylist(rows, REPORT_SCHEMA)
 
 
-def _error(entry: ShardEntry, began: float) -> Item:
-    """The report of a shard that could not be finished (storage down, a bug); it stays uncommitted."""
+def _report(entry: ShardEntry, status: str, began: float, message: str | None = None) -> Item:
+    """The report of a shard that this worker did not commit: `error` leaves it for another pass."""
     return {
         "shard": entry.name,
-        "status": "error",
-        "message": traceback.format_exc(limit=-3),
+        "status": status,
+        "message": message,
         "inputs": entry.items,
+        "failed": 0,
         "began": began,
         "ended": time.time(),
     }

@@ -168,12 +168,8 @@ def read_receipts(out: str | UPath, shards: Sequence[str]) -> dict[str, Receipt]
     directory = to_path(out) / "commits"
     present = {path.name.removesuffix(".json") for path in _list(directory)}
     names = [shard for shard in shards if shard in present]
-    return {
-        name: Receipt(**value)
-        for name, value in zip(
-            names, map_ahead(lambda shard: read_json(directory / f"{shard}.json"), names), strict=True
-        )
-    }
+    values = map_ahead(lambda shard: read_json(directory / f"{shard}.json"), names, ahead=16)
+    return {name: Receipt(**value) for name, value in zip(names, values, strict=True)}
 
 
 def read_shard(

@@ -178,7 +178,12 @@ def copy_shard(out: str, plan: Plan, entry: ShardEntry) -> bool:
 
 
 def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:
-    return np.fromiter((a == b for a, b in zip(left.to_pylist(), right.to_pylist(), strict=True)), bool, len(left))
+    """Row by row; missing equals missing, and NaN equals NaN."""
+    if left.type != right.type or pa.types.is_nested(left.type):
+        return np.fromiter((a == b for a, b in zip(left.to_pylist(), right.to_pylist(), strict=True)), bool, len(left))
+    same = pc.fill_null(pc.equal(left, right), False)
+    missing = [pc.is_null(column, nan_is_null=pa.types.is_floating(left.type)) for column in (left, right)]
+    return pc.or_(same, pc.and_(*missing)).to_numpy(zero_copy_only=False)
 
 
 def _shards_of(items: pa.Table, uris: set[str]) -> set[str]:

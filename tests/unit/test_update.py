@@ -175,3 +175,18 @@ def test_an_update_of_an_unfinished_update_loses_nothing(first: tuple[Path, plan
     assert carry_out(out, plan) == ["late.wav"]
     assert sorted(contents(out)) == sorted(uri for uri in files if uri not in ("03.wav", "04.wav"))
     assert sorted(EmbeddingSet.open(out).vanished()["uri"].to_pylist()) == ["00.wav", "01.wav"]
+
+
+def test_columns_are_compared_value_by_value(first: tuple[Path, planning.Plan, dict[str, str]]) -> None:
+    out, plan, files = first
+    columns: dict[str, list[Any]] = {
+        "fold": [None if number == 3 else number for number in range(20)],
+        "level": [float("nan") if number == 4 else number / 2 for number in range(20)],
+        "tags": [["a", str(number)] for number in range(20)],
+    }
+    plan = updated_plan(out, plan, listing(files, **columns), no_probe, **NAMED)
+    assert not difference(planning.read_items(out, plan), listing(files, **columns))
+    for name, row, value in (("fold", 3, 5), ("level", 4, 1.0), ("tags", 5, ["b"])):
+        changed = {**columns, name: [value if number == row else old for number, old in enumerate(columns[name])]}
+        found = difference(planning.read_items(out, plan), listing(files, **changed))
+        assert found.relabelled == [f"{row:02d}.wav"] and not found.changed

@@ -138,7 +138,7 @@ def localise(cache: str) -> Path:
     """A local directory with the shards of `cache`: itself when local, else a copy kept for the next run."""
     root = to_path(cache)
     if is_local(root):
-        return Path(root)
+        return Path(str(root))
     target = Path(tempfile.gettempdir()) / "audiomae-features" / root.name
     for name, item in walk_files(root):
         if name.endswith(".npy"):

@@ -1,4 +1,4 @@
-"""The loop without ray: it learns, resumes at the exact step, accumulates and caches gradients, and stops when it must."""
+"""The loop without ray: it learns, resumes at the exact step, accumulates, caches gradients, stops when it must."""
 
 import shutil
 from pathlib import Path

@@ -21,7 +21,9 @@ from ray_jobs import train
 ROOT = Path(train.__file__).resolve().parent.parent
 RECIPE = ROOT / "ray_jobs" / "recipes" / "debug.yaml"
 EPOCHS, STEPS_PER_EPOCH = 24, 2
-DEADLINE_S = 240
+DEADLINE_S = 1200  # a guard against hanging, no measure of speed
+
+pytestmark = pytest.mark.timeout(2 * DEADLINE_S)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,14 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def arguments(corpus: Path, storage: Path, name: str) -> list[str]:
-    sets = [f"epochs={EPOCHS}", "batch_size=8", "data.val_fraction=0.2", "validation.every_epochs=6"]
+    """The same line for every run, but for where it keeps its results; features are decoded once for all."""
+    sets = [
+        f"data.cache={corpus.parent / 'features'}",
+        f"epochs={EPOCHS}",
+        "batch_size=8",
+        "data.val_fraction=0.2",
+        "validation.every_epochs=6",
+    ]
     flags = ["--config", str(RECIPE), *(word for item in sets for word in ("--set", item))]
     return [*flags, "--corpus", str(corpus), "--storage", str(storage), "--name", name]
 
@@ -107,8 +116,10 @@ def test_a_job_killed_twice_ends_with_the_same_weights(undisturbed, corpus, tmp_
     resumed_from = []
     for steps in (4, 16):
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
-        wait_for(lambda steps=steps: registered_step(run) >= steps, lambda p=process: p.poll() is None)
-        kill_tree(process)
+        try:
+            wait_for(lambda steps=steps: registered_step(run) >= steps, lambda p=process: p.poll() is None)
+        finally:
+            kill_tree(process)
         resumed_from.append(registered_step(run))
         assert not (run / "train.json").exists()
     assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
@@ -118,6 +129,7 @@ def test_a_job_killed_twice_ends_with_the_same_weights(undisturbed, corpus, tmp_
     assert receipts[0]["step"] == receipts[1]["step"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_restarted_and_ends_with_the_same_weights(undisturbed, corpus, tmp_path):
     run, status = tmp_path / "run", []
     job = threading.Thread(target=lambda: status.append(train.main(arguments(corpus, tmp_path, "run"))), daemon=True)

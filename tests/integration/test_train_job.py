@@ -1,7 +1,10 @@
 """`ray_jobs/train.py` end to end on a small corpus: what it writes, what it refuses, what relaunching does."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ import soundfile
 from audiomae.cli import UserError
 from audiomae.config import ConfigError
 from audiomae.model.encoder import AudioEncoder
+from audiomae.storage import walk_files
 from audiomae.training.recipe import DataConfig
 from ray_jobs import train
 
+ROOT = Path(train.__file__).resolve().parent.parent
 RECIPE = str(Path(train.__file__).parent / "recipes" / "debug.yaml")
 SMALL = ["--config", RECIPE, "--set", "epochs=2", "--set", "batch_size=8", "--set", "data.val_fraction=0.25"]
 
@@ -98,10 +103,25 @@ def test_features_are_decoded_once_for_all_runs_on_a_corpus(finished, corpus, ca
     assert "broken.wav" in capsys.readouterr().out
 
 
-def test_one_process_in_place_of_workers(ray_cluster, corpus, tmp_path):
-    """Different numbers of workers train alike: the same clips in the same order, other masks."""
-    assert run(corpus, tmp_path, "single", "--set", "workers.num=1", "--set", "epochs=1") == 0
-    assert AudioEncoder.load(tmp_path / "single" / "encoder").dim == 64
+@pytest.mark.slow
+def test_an_elastic_range_of_workers(ray_cluster, corpus, tmp_path):
+    assert run(corpus, tmp_path, "elastic", "--set", "workers.num=[1, 2]", "--set", "epochs=1") == 0
+    assert AudioEncoder.load(tmp_path / "elastic" / "encoder").dim == 64
+
+
+@pytest.mark.slow
+def test_storage_on_s3(s3_bucket, corpus):
+    """A job of its own: its workers must inherit the S3 endpoint from the environment."""
+    flags = [*SMALL, "--corpus", str(corpus), "--storage", f"{s3_bucket}/runs", "--name", "first"]
+    for said in ("trained: s3://", "already finished: s3://"):
+        job = subprocess.run(
+            [sys.executable, "ray_jobs/train.py", *flags], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+        assert said in job.stdout
+    names = {name for name, _ in walk_files(f"{s3_bucket}/runs/first")}
+    assert {"encoder/config.json", "encoder/model.safetensors", "metrics.jsonl", "train.json"} <= names
+    assert any(name.startswith("tensorboard/events") for name in names)
+    assert AudioEncoder.load(f"{s3_bucket}/runs/first/encoder", device="cpu").dim == 64
 
 
 @pytest.mark.parametrize("source", ["missing", "empty"])
@@ -124,10 +144,22 @@ def test_a_misspelt_key_names_its_neighbour(corpus, tmp_path):
         run(corpus, tmp_path, "x", "--set", "batchsize=3")
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_ends_the_job_with_step_clips_and_checkpoint(ray_cluster, corpus, tmp_path):
     """A rate of 1e30 overflows the weights in the first steps."""
     with pytest.raises(UserError) as error:
         run(corpus, tmp_path, "x", "--set", "optim.lr=1e30", "--set", "optim.clip_grad=null", "--set", "epochs=3")
     text = str(error.value)
     assert "not finite" in text and "at step" in text and ".wav" in text and "last good checkpoint" in text
+    assert not (tmp_path / "x" / "train.json").exists()
+
+
+def test_what_stopped_training_is_an_error_of_the_job(ray_cluster, corpus, tmp_path, monkeypatch):
+    stop = {"step": 7, "loss": float("nan"), "clips": ["low/00.wav", "high/01.wav"]}
+    ended = SimpleNamespace(return_value=stop, checkpoint=SimpleNamespace(path="runs/x/checkpoint_00000004"))
+    monkeypatch.setattr(train, "_fit", lambda *_: ended)
+    with pytest.raises(
+        UserError, match=r"at step 7; clips of that step: low/00.wav, high/01.wav; .*checkpoint_00000004"
+    ):
+        run(corpus, tmp_path, "x")
     assert not (tmp_path / "x" / "train.json").exists()

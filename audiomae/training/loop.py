@@ -363,7 +363,8 @@ def training_window(encoder: AudioEncoder) -> int:
 def encoder_layers(objective: Objective) -> tuple[int, schedule.LayerOf]:
     """(number of blocks, parameter name -> depth): patch and position embeddings are 0, heads and decoder the top."""
     blocks = [name for name, _ in objective.named_modules() if _is_block(name)]
-    prefixes = [f"encoder.backbone.{name}" for name in ("patch_proj", "patch_embed", "pos_embed", "cls_token")]
+    root = blocks[0].rpartition("blocks.")[0]  # a timm ViT lies one level deeper than an AudioMAE
+    prefixes = [root + name for name in ("patch_proj", "patch_embed", "pos_embed", "cls_token")]
     return len(blocks), schedule.layer_names(prefixes, blocks)
 
 

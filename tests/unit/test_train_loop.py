@@ -253,6 +253,48 @@ def test_frozen_layers_stay_and_the_rest_moves(corpus, tmp_path):
     assert sorted({group["lr_scale"] for group in trained.optimizer.param_groups}) == [0.5, 1.0]
 
 
+VIT = {
+    "kind": "timm",
+    "architecture": "vit_tiny_patch16_224",
+    "model_args": {"img_size": [32, BANDS], "embed_dim": 24, "depth": 2, "num_heads": 2},
+    "img_size": [32, BANDS],
+    "patch_size": [16, 16],
+    "embed_dim": 24,
+}
+
+
+def test_a_spectrogram_vit_is_fine_tuned_layer_by_layer(corpus, tmp_path):
+    encoder = {**RECIPE["encoder"], "backbone": VIT}
+    optim = {"lr": 1e-3, "layer_decay": 0.5, "freeze_layers": 1}
+    comparing = {"mae": 0.0, "clap_lite": 1.0, "view_tokens": "all"}
+    trained = loop(corpus, Host(tmp_path), recipe(encoder=encoder, objective=comparing, optim=optim, epochs=1))
+    depth, layer_of = encoder_layers(trained.objective)
+    vit = "encoder.backbone.vit."
+    assert (
+        depth == 2
+        and [layer_of(vit + name) for name in ("patch_embed.proj.weight", "pos_embed", "cls_token")] == [0] * 3
+    )
+    assert layer_of(vit + "blocks.1.attn.qkv.weight") == 2 and layer_of("classes") == layer_of(vit + "norm.weight") == 3
+    before = weights(trained)
+    assert trained.run() is None
+    moved = {name for name, value in weights(trained).items() if not torch.equal(value, before[name])}
+    assert {layer_of(name) for name in moved} == {2, 3}
+
+
+def test_a_masked_pass_needs_an_audiomae(corpus, tmp_path):
+    with pytest.raises(ConfigError, match=r"set objective.mae=0 and objective.view_tokens=all"):
+        loop(corpus, Host(tmp_path), recipe(encoder={**RECIPE["encoder"], "backbone": VIT}, objective={"mae": 0.0}))
+
+
+def test_bfloat16_trains_close_to_float32(corpus, tmp_path):
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        trained = loop(corpus, Host(tmp_path / precision), recipe(precision=precision))
+        losses.append(trained._train_step(trained.loader.read(0))["loss"])
+        assert all(p.dtype == torch.float32 for p in trained.objective.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[1] != losses[0]
+
+
 def test_training_starts_from_a_saved_encoder_with_new_heads(corpus, tmp_path):
     source = build_encoder(recipe(seed=5))
     source.save(tmp_path / "start", with_decoder=True)

@@ -33,42 +33,38 @@ EXAMPLE = (
 
 
 class EmbedConfig(StrictConfig):
-    """All settings of the job; each is a flag of the same name.
+    """All settings of the job; each is a flag of the same name."""
 
-    Attributes:
-        window_s: window length; default: the encoder's own. hop_s: default: window_s.
-        per_file: one vector per file, the mean over its windows.
-        retry_failed: embed again the files in failures/.
-        update: take over a changed corpus: embed what is new or changed, drop what vanished.
-        max_failure_rate: exit with status 1 when more of the files than this failed.
-        topology: fused = decode and encode in the same workers; split = decode tasks feed encode workers; auto = split
-            where there are GPUs.
-        workers: encode workers; default: one per CPU (fused) or GPU (split). threads: of each, for torch.
-        batch_size: windows per encoder call; default: 32 on a CPU, 256 on a GPU.
-        shard_minutes: audio per shard, about; default: by the corpus' size, 5 to 30.
-        stall_timeout_s: a file that gives no audio for so long is given up.
-    """
-
-    encoder: str
-    corpus: str
-    out: str
-    window_s: float | None = Field(None, gt=0)
-    hop_s: float | None = Field(None, gt=0)
-    per_file: bool = False
-    retry_failed: bool = False
-    update: bool = False
-    dry_run: bool = False
-    max_failure_rate: float = Field(0.5, ge=0, le=1)
-    topology: Literal["auto", "fused", "split"] = "auto"
-    workers: int | None = Field(None, ge=1)
-    threads: int = Field(1, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    vector_dtype: Literal["float32", "float16"] = "float32"
-    shard_minutes: float | None = Field(None, gt=0)
-    stall_timeout_s: float = Field(600.0, gt=0)
-    price_per_hour: float | None = Field(None, ge=0)
+    encoder: str = Field(description="encoder folder or URI, official:PATH, timm:NAME or timm:local-dir:PATH")
+    corpus: str = Field(description="folder, glob, s3:// prefix, .csv/.jsonl/.parquet listing or .tar shards")
+    out: str = Field(description="where the embeddings go, local or s3://")
+    window_s: float | None = Field(None, gt=0, description="window length in seconds; default: the encoder's own")
+    hop_s: float | None = Field(None, gt=0, description="distance between window starts; default: window_s")
+    per_file: bool = Field(False, description="one vector per file, the mean over its windows")
+    retry_failed: bool = Field(False, description="embed again the files in failures/")
+    update: bool = Field(
+        False, description="take over a changed corpus: embed what is new or changed, drop what is gone"
+    )
+    dry_run: bool = Field(False, description="only say what it would take: files, audio hours, time, disk, memory")
+    max_failure_rate: float = Field(0.5, ge=0, le=1, description="fail when more than this share of the files failed")
+    topology: Literal["auto", "fused", "split"] = Field(
+        "auto", description="fused: workers decode and encode; split: decode tasks feed encoders; auto: split with GPUs"
+    )
+    workers: int | None = Field(None, ge=1, description="encode workers; default: one per CPU (fused) or GPU (split)")
+    threads: int = Field(1, ge=1, description="torch threads of each worker")
+    batch_size: int | None = Field(
+        None, ge=1, description="windows per encoder call; default: 8 on a CPU, 256 on a GPU"
+    )
+    device: str = Field("auto", description="torch device of the encoders")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the encoder's arithmetic; auto: bfloat16 where the hardware has it"
+    )
+    vector_dtype: Literal["float32", "float16"] = Field("float32", description="of the stored embeddings")
+    shard_minutes: float | None = Field(
+        None, gt=0, description="audio per shard, about; default: 5 to 30 by corpus size"
+    )
+    stall_timeout_s: float = Field(600.0, gt=0, description="give a file up that yields no audio for so long")
+    price_per_hour: float | None = Field(None, ge=0, description="of the cluster, for the cost per 1,000 audio hours")
 
     @model_validator(mode="after")
     def _check(self) -> "EmbedConfig":
@@ -100,9 +96,9 @@ def parse_arguments(argv: list[str] | None) -> EmbedConfig:
     for name, field in EmbedConfig.model_fields.items():
         flag = "--" + name.replace("_", "-")
         if field.annotation is bool:
-            parser.add_argument(flag, action="store_const", const=True)
+            parser.add_argument(flag, action="store_const", const=True, help=field.description)
         else:
-            parser.add_argument(flag, metavar=name.upper())
+            parser.add_argument(flag, metavar=name.upper(), help=field.description)
     arguments = vars(parser.parse_args(argv))
     files, sets = arguments.pop("config"), arguments.pop("sets")
     config = load_config(EmbedConfig, files, sets, arguments)

@@ -158,7 +158,7 @@ class BatchEncoder:
 
     def __init__(self, encoder: AudioEncoder, batch_size: int | None = None) -> None:
         self.encoder, self.device = encoder, encoder.device
-        self.batch_size = batch_size or (256 if self.device.type == "cuda" else 32)
+        self.batch_size = batch_size or (256 if self.device.type == "cuda" else 8)
         self.padded_samples = self.samples = 0
 
     @torch.inference_mode()

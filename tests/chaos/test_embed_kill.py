@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from embed_cluster import EmbedCluster, a_moment, commits, embed_cluster, wait_until
+from embed_cluster import DEADLINE_S, EmbedCluster, a_moment, commits, embed_cluster, wait_until
 
 from audiomae.corpus.synthetic import generate
 from audiomae.model.audiomae import AudioMAEConfig
@@ -16,6 +16,7 @@ from audiomae.search.plan import load_plan
 from audiomae.search.shards import EmbeddingSet, column_to_vectors
 from audiomae.storage import read_json
 
+pytestmark = pytest.mark.timeout(2400)  # minutes on a busy machine
 FLAGS = ["--window-s", "2", "--shard-minutes", "0.15"]
 
 
@@ -67,7 +68,7 @@ class Job:
     def finish(self) -> str:
         """Run to the end; what it printed."""
         process = self.process or self.cluster.launch(*self.flags, log=self.log)
-        status = process.wait(timeout=280)
+        status = process.wait(timeout=DEADLINE_S)
         assert status == 0, self.log.read_text()[-3000:]
         return self.log.read_text()
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from embed_cluster import EmbedCluster, embed_cluster, wait_until
+from embed_cluster import DEADLINE_S, EmbedCluster, embed_cluster, wait_until
 from faulty_s3 import FAULTS, FaultyS3, every
 
 from audiomae.corpus.synthetic import generate
@@ -14,6 +14,7 @@ from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.search.shards import EmbeddingSet, column_to_vectors
 from audiomae.storage import copy_tree, read_json, to_path
 
+pytestmark = pytest.mark.timeout(2400)  # minutes on a busy machine
 FLAGS = ["--window-s", "2", "--shard-minutes", "0.3"]
 
 
@@ -54,12 +55,12 @@ def test_a_bad_day_on_s3_and_a_killed_driver_lose_nothing(
     wait_until(lambda: (out / "commits").exists() and len(list((out / "commits").iterdir())) >= 2, "two commits", job)
     job.kill()
     job.wait()
-    assert cluster.launch(*flags, log=log).wait(timeout=280) == 0, log.read_text()[-3000:]
+    assert cluster.launch(*flags, log=log).wait(timeout=DEADLINE_S) == 0, log.read_text()[-3000:]
     assert set(proxy.injected) == set(FAULTS) and sum(proxy.injected.values()) > 20
     assert "files are embedded already and skipped" in log.read_text()
 
     local = ["--encoder", str(encoder), "--corpus", str(corpus), "--out", str(tmp_path / "local"), *FLAGS]
-    assert cluster.launch(*local, log=log).wait(timeout=280) == 0, log.read_text()[-3000:]
+    assert cluster.launch(*local, log=log).wait(timeout=DEADLINE_S) == 0, log.read_text()[-3000:]
     tables = [EmbeddingSet.open(path).read().sort_by("id") for path in (out, tmp_path / "local")]
     assert tables[0].drop(["embedding"]).equals(tables[1].drop(["embedding"]))
     vectors = [column_to_vectors(table["embedding"]) for table in tables]
@@ -91,7 +92,7 @@ def test_an_object_that_cannot_be_read_is_a_failure_row_until_it_can(
         lambda number, method, path: rng.choice(("503", "cut")) if method == "GET" and "unlucky" in path else None,
     )
     log = tmp_path / "log"
-    assert cluster.launch(*flags, log=log).wait(timeout=280) == 0, log.read_text()[-3000:]
+    assert cluster.launch(*flags, log=log).wait(timeout=DEADLINE_S) == 0, log.read_text()[-3000:]
     failures = EmbeddingSet.open(out).failures().to_pylist()
     assert [(row["uri"], row["stage"], row["error_class"]) for row in failures] == [
         ("unlucky.wav", "read", "ReadFailed")
@@ -99,6 +100,6 @@ def test_an_object_that_cannot_be_read_is_a_failure_row_until_it_can(
     assert set(EmbeddingSet.open(out).read()["uri"].to_pylist()) == {"a.wav", "b.wav", "c.wav"}
 
     monkeypatch.setattr(proxy, "_choose", lambda number, method, path: None)
-    assert cluster.launch(*flags, "--retry-failed", log=log).wait(timeout=280) == 0, log.read_text()[-3000:]
+    assert cluster.launch(*flags, "--retry-failed", log=log).wait(timeout=DEADLINE_S) == 0, log.read_text()[-3000:]
     assert EmbeddingSet.open(out).failures().num_rows == 0
     assert len(set(EmbeddingSet.open(out).read()["uri"].to_pylist())) == 4

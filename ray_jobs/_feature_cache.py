@@ -14,7 +14,7 @@ from audiomae.training.extract import Extractor, cache_recipe
 from audiomae.training.items import matches
 from audiomae.training.recipe import DataConfig
 
-FILES_PER_SHARD = 32
+FILES_PER_SHARD, MOST_SHARDS = 32, 4096
 MAX_REASONS = 5
 
 
@@ -44,7 +44,8 @@ def build_cache(
     recipe = cache_recipe(features, clip_s)
     path = to_path(where) / cache_key(listing, recipe)
     uris = listing["uri"].to_pylist()
-    shards = [uris[start : start + FILES_PER_SHARD] for start in range(0, len(uris), FILES_PER_SHARD)]
+    size = max(FILES_PER_SHARD, -(-len(uris) // MOST_SHARDS))
+    shards = [uris[start : start + size] for start in range(0, len(uris), size)]
     todo = pending_shards(str(path), len(shards))
     if todo:
         write_json(path / "recipe.json", recipe | {"corpus": root, "files": len(uris)})

@@ -106,7 +106,8 @@ def write_shard(cache: str, index: int, uris: Sequence[str], extract: Extract) -
 def pending_shards(cache: str, shards: int) -> list[int]:
     """Shard numbers without a receipt."""
     root = to_path(cache)
-    return [index for index in range(shards) if not (root / f"{_stem(index)}.json").exists()]
+    present = {item.name for item in root.iterdir()} if root.exists() else set()
+    return [index for index in range(shards) if f"{_stem(index)}.json" not in present]
 
 
 def read_clips(cache: str, shards: int) -> pa.Table:

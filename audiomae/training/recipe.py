@@ -46,7 +46,7 @@ class CheckpointingConfig(StrictConfig):
 
 
 class WorkersConfig(StrictConfig):
-    """Ray Train workers. Nothing here changes what is learnt, except the number of workers through rounding."""
+    """Ray Train workers. Their number decides the random draws of a step, never its clips."""
 
     num: int | tuple[int, int] = Field(2, description="workers, or [least, most] for elastic training")
     gpu: bool | Literal["auto"] = Field("auto", description="one GPU per worker; auto = if the cluster has any")

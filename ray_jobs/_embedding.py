@@ -1,5 +1,6 @@
 """The Ray side of `embed_corpus`: the pipeline over the shards of a plan, retried until every shard is committed."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
@@ -98,6 +100,9 @@ def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> It
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(
+        logging.CRITICAL
+    )  # a traceback per lost worker; run_passes says it in a line
     context.max_errored_blocks = -1  # a shard whose worker died is retried by run_passes, not fatal
     context.target_max_block_size = None  # a shard is one row and stays one block
     dataset: Dataset = ray.data.from_items(
@@ -108,8 +113,8 @@ def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> It
         dataset = _fused(dataset, job, topology) if topology.kind == "fused" else _split(dataset, job, topology)
     try:
         yield from dataset.iter_rows()
-    except RayError as error:
-        print(f"the pipeline stopped: {type(error).__name__}: {str(error).splitlines()[0]}")
+    except (RayError, ExecutionTimeoutError) as error:
+        print(f"the pipeline stopped: {type(error).__name__}: {str(error)[-2000:]}", file=sys.stderr)
 
 
 def _fused(dataset: Dataset, job: EmbedJob, topology: Topology) -> Dataset:

@@ -103,6 +103,41 @@ def wait_until(condition: Callable[[], bool], what: str, job: subprocess.Popen[b
         time.sleep(0.02)
 
 
+def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
+    """What an undisturbed job would leave in `out`, made in this process without Ray."""
+    import pyarrow as pa
+    import torch
+
+    from audiomae.corpus.manifest import list_corpus
+    from audiomae.model.encoder import AudioEncoder
+    from audiomae.search.decoding import EmbedJob
+    from audiomae.search.plan import new_plan, normalise_listing
+    from audiomae.search.shards import EmbedSettings
+    from audiomae.search.stages import FusedStage
+    from audiomae.storage import write_json
+
+    model, listed = AudioEncoder.load(encoder), list_corpus(str(corpus))
+    settings = EmbedSettings(
+        fingerprint=model.fingerprint,
+        dim=model.dim,
+        sample_rate=model.sample_rate,
+        mode="windows",
+        window_s=window_s,
+        hop_s=window_s,
+    )
+    listing, _ = normalise_listing(listed.batches())
+    named = {"encoder": str(encoder), "corpus": str(corpus), "root": listed.root}
+    plan = new_plan(out, listing, settings, lambda uris: [None] * len(uris), **named)
+    job = EmbedJob(out=str(out), encoder=str(encoder), root=listed.root, settings=settings, manifest=plan.manifest_hash)
+    threads = torch.get_num_threads()
+    stage = FusedStage(job)  # sets the threads of this process
+    for entry in plan.shards:
+        stage(pa.table({"entry": [entry.model_dump_json()]}))
+    torch.set_num_threads(threads)
+    write_json(out / "run.json", settings.model_dump() | {"inputs": plan.num_items})
+    return out
+
+
 def commits(out: Path) -> int:
     """How many shards are committed."""
     return len(list((out / "commits").glob("*.json")))

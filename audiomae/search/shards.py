@@ -15,6 +15,7 @@ files under its own attempt name, and the receipt is created exclusively, so exa
 receipts alone; `collect_garbage` removes what no receipt names once every shard of the plan is committed.
 """
 
+import re
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -303,7 +304,8 @@ def collect_garbage(out: str | UPath) -> int:
     """Remove attempt files and old plans that nothing refers to; return how many. Only for a finished plan.
 
     While a shard is uncommitted its attempts may still win (a worker can outlive its driver), so nothing is removed
-    then; once all are committed, no attempt can win any more.
+    then; once all are committed, no attempt can win any more. Files of a later generation are left alone: another
+    driver may just be planning an update.
     """
     out = to_path(out)
     embeddings = EmbeddingSet.open(out)
@@ -319,10 +321,16 @@ def collect_garbage(out: str | UPath) -> int:
     removed = 0
     for folder in ("commits", "manifest", "embeddings", "failures", "vanished"):
         for path in _list(out / folder):
-            if f"{folder}/{path.name}" not in keep:
+            if f"{folder}/{path.name}" not in keep and _generation(path.name) <= plan["generation"]:
                 path.unlink(missing_ok=True)
                 removed += 1
     return removed
+
+
+def _generation(name: str) -> int:
+    """The generation in a file name such as `plan-000001.json` or `000001-000007-ab12.parquet`; 0 without one."""
+    found = re.match(r"\.?(?:[a-z]+-)?(\d{6})\b", name)
+    return int(found[1]) if found else 0
 
 
 def map_ahead(function: Callable[[Any], Value], items: Any, ahead: int = READ_AHEAD) -> Iterator[Value]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from embed_cluster import DEADLINE_S, EmbedCluster, a_moment, commits, embed_cluster, wait_until
+from embed_cluster import DEADLINE_S, EmbedCluster, a_moment, commits, embed_cluster, embed_here, wait_until
 
 from audiomae.corpus.synthetic import generate
 from audiomae.model.audiomae import AudioMAEConfig
@@ -74,11 +74,8 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: EmbedCluster, encoder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    Job(cluster, encoder, corpus, out).finish()
-    assert len(EmbeddingSet.open(out).shards) > 20
-    return out
+def undisturbed(encoder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return embed_here(encoder, corpus, tmp_path_factory.mktemp("undisturbed"), window_s=2)
 
 
 def assert_same(out: Path, undisturbed: Path) -> None:
@@ -131,20 +128,22 @@ def test_random_kills_leave_no_trace(
     assert_same(job.out, undisturbed)
 
 
-def test_files_that_kill_their_process_are_quarantined(
-    cluster: EmbedCluster, encoder: Path, corpus: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "fault", ["segfault", *(pytest.param(name, marks=pytest.mark.slow) for name in ("killed", "exits"))]
+)
+def test_a_file_that_kills_its_process_is_quarantined(
+    cluster: EmbedCluster, encoder: Path, corpus: Path, tmp_path: Path, fault: str
 ) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    clips = sorted(corpus.glob("*/*.wav"))
+    clips = sorted(corpus.glob("*/*.wav"), key=lambda path: path.stat().st_size)
     for number, clip in enumerate(clips[:12]):
         shutil.copy(clip, source / f"good{number}.wav")
-    for name in ("segfault", "killed", "exits"):
-        shutil.copy(max(clips, key=lambda path: path.stat().st_size), source / f"{name}.wav")
+    shutil.copy(clips[-1], source / f"{fault}.wav")
     Job(cluster, encoder, source, tmp_path / "out").finish()
     embeddings = EmbeddingSet.open(tmp_path / "out")
     assert set(embeddings.read()["uri"].to_pylist()) == {f"good{number}.wav" for number in range(12)}
-    failures = {row["uri"]: row for row in embeddings.failures().to_pylist()}
-    assert set(failures) == {"segfault.wav", "killed.wav", "exits.wav"}
-    assert {row["error_class"] for row in failures.values()} == {"ProcessDied"}
-    assert "signal 11" in failures["segfault.wav"]["message"] and "tried 3 times" in failures["segfault.wav"]["message"]
+    (failure,) = embeddings.failures().to_pylist()
+    assert (failure["uri"], failure["stage"], failure["error_class"]) == (f"{fault}.wav", "decode", "ProcessDied")
+    how = {"segfault": "signal 11", "killed": "signal 9", "exits": "status 7"}[fault]
+    assert how in failure["message"] and "tried 3 times" in failure["message"]

@@ -2,25 +2,30 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
 
+from audiomae.config import load_config
+from audiomae.training.loop import TrainLoop
+from audiomae.training.recipe import TrainConfig
 from ray_jobs import train
 
 ROOT = Path(train.__file__).resolve().parent.parent
 RECIPE = ROOT / "ray_jobs" / "recipes" / "debug.yaml"
-EPOCHS, STEPS_PER_EPOCH = 24, 2
+EPOCHS, STEPS_PER_EPOCH = 16, 2
 DEADLINE_S = 1200  # a guard against hanging, no measure of speed
 
 pytestmark = pytest.mark.timeout(2 * DEADLINE_S)
@@ -40,24 +45,52 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(corpus: Path, storage: Path, name: str) -> list[str]:
+def arguments(corpus: Path, storage: Path, workers: int) -> list[str]:
     """The same line for every run, but for where it keeps its results; features are decoded once for all."""
     sets = [
         f"data.cache={corpus.parent / 'features'}",
         f"epochs={EPOCHS}",
+        f"workers.num={workers}",
         "batch_size=8",
         "data.val_fraction=0.2",
-        "validation.every_epochs=6",
+        "validation.every_epochs=8",
     ]
     flags = ["--config", str(RECIPE), *(word for item in sets for word in ("--set", item))]
-    return [*flags, "--corpus", str(corpus), "--storage", str(storage), "--name", name]
+    return [*flags, "--corpus", str(corpus), "--storage", str(storage), "--name", "run"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(ray_cluster, corpus, tmp_path_factory) -> Path:
-    storage = tmp_path_factory.mktemp("undisturbed")
-    assert train.main(arguments(corpus, storage, "run")) == 0
-    return storage / "run"
+class Keep:
+    """A host without ray: keeps the last checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def restore(self) -> None:
+        return None
+
+    def report(self, metrics: dict, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            shutil.copytree(checkpoint, self.folder / f"checkpoint_{metrics['step']:08d}")
+
+    def progress(self, step: int, total: int, note: str) -> None:
+        pass
+
+    def history(self, records: Sequence[dict]) -> None:
+        pass
+
+
+def undisturbed(run: Path, corpus: Path, folder: Path) -> Path:
+    """What the job's config and clips give in this process, without ray and in one go."""
+    config = load_config(TrainConfig, [run / "config.yaml"])
+    (cache,) = (corpus.parent / "features").iterdir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a Ray worker of one CPU: sums are taken in the same order
+    try:
+        loop = TrainLoop(config, pq.read_table(run / "items.parquet"), cache, torch.device("cpu"), Keep(folder))
+        assert loop.run() is None
+    finally:
+        torch.set_num_threads(threads)
+    return folder
 
 
 def last_state(run: Path) -> dict:
@@ -109,36 +142,44 @@ def kill_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def test_a_job_killed_twice_ends_with_the_same_weights(undisturbed, corpus, tmp_path):
-    command = [sys.executable, "ray_jobs/train.py", *arguments(corpus, tmp_path, "run")]
-    run = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    resumed_from = []
-    for steps in (4, 16):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment)
-        try:
-            wait_for(lambda steps=steps: registered_step(run) >= steps, lambda p=process: p.poll() is None)
-        finally:
-            kill_tree(process)
-        resumed_from.append(registered_step(run))
-        assert not (run / "train.json").exists()
-    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+def launch_and_kill(command: list[str], run: Path, steps: int) -> int:
+    """Start the job, kill it once a checkpoint of that step counts; the step that the next launch begins at."""
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        wait_for(lambda: registered_step(run) >= steps, lambda: process.poll() is None)
+    finally:
+        kill_tree(process)
+    assert not (run / "train.json").exists()
+    return registered_step(run)
+
+
+def test_a_job_killed_twice_ends_with_the_weights_of_one_in_one_go(ray_cluster, corpus, tmp_path):
+    flags, run = arguments(corpus, tmp_path, workers=1), tmp_path / "run"
+    command = [sys.executable, "ray_jobs/train.py", *flags]
+    resumed_from = [launch_and_kill(command, run, steps) for steps in (4, 12)]
+    assert train.main(flags) == 0
     assert 4 <= resumed_from[0] < resumed_from[1] < EPOCHS * STEPS_PER_EPOCH
-    assert_same_end(run, undisturbed)
-    receipts = [json.loads((path / "train.json").read_text()) for path in (run, undisturbed)]
-    assert receipts[0]["step"] == receipts[1]["step"]
+    assert_same_end(run, undisturbed(run, corpus, tmp_path / "one-go"))
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_restarted_and_ends_with_the_same_weights(undisturbed, corpus, tmp_path):
-    run, status = tmp_path / "run", []
-    job = threading.Thread(target=lambda: status.append(train.main(arguments(corpus, tmp_path, "run"))), daemon=True)
+def test_killed_jobs_and_workers_of_two_end_with_the_same_weights(ray_cluster, corpus, tmp_path):
+    """Two ranks over gloo: one run in one go, one whose driver is killed twice, one whose first worker is killed."""
+    flags = {name: arguments(corpus, tmp_path / name, workers=2) for name in ("whole", "driver", "worker")}
+    assert train.main(flags["whole"]) == 0
+    run = tmp_path / "driver" / "run"
+    for steps in (4, 12):
+        launch_and_kill([sys.executable, "ray_jobs/train.py", *flags["driver"]], run, steps)
+    assert train.main(flags["driver"]) == 0
+    assert_same_end(run, tmp_path / "whole" / "run")
+
+    run, status = tmp_path / "worker" / "run", []
+    job = threading.Thread(target=lambda: status.append(train.main(flags["worker"])), daemon=True)
     job.start()
     wait_for(lambda: registered_step(run) >= 4 and progress(run).get("step", 0) >= 4, job.is_alive)
     victim = progress(run)["pid"]
     assert victim != os.getpid()
     os.kill(victim, signal.SIGKILL)
     job.join(DEADLINE_S)
-    assert status == [0]
-    assert progress(run)["pid"] != victim
-    assert_same_end(run, undisturbed)
+    assert status == [0] and progress(run)["pid"] != victim
+    assert_same_end(run, tmp_path / "whole" / "run")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from embed_cluster import DEADLINE_S, EmbedCluster, embed_cluster, wait_until
+from embed_cluster import DEADLINE_S, EmbedCluster, embed_cluster, embed_here, wait_until
 from faulty_s3 import FAULTS, FaultyS3, every
 
 from audiomae.corpus.synthetic import generate
@@ -59,18 +59,18 @@ def test_a_bad_day_on_s3_and_a_killed_driver_lose_nothing(
     assert set(proxy.injected) == set(FAULTS) and sum(proxy.injected.values()) > 20
     assert "files are embedded already and skipped" in log.read_text()
 
-    local = ["--encoder", str(encoder), "--corpus", str(corpus), "--out", str(tmp_path / "local"), *FLAGS]
-    assert cluster.launch(*local, log=log).wait(timeout=DEADLINE_S) == 0, log.read_text()[-3000:]
-    tables = [EmbeddingSet.open(path).read().sort_by("id") for path in (out, tmp_path / "local")]
+    local = embed_here(encoder, corpus, tmp_path / "local", window_s=2)
+    tables = [EmbeddingSet.open(path).read().sort_by("id") for path in (out, local)]
     assert tables[0].drop(["embedding"]).equals(tables[1].drop(["embedding"]))
     vectors = [column_to_vectors(table["embedding"]) for table in tables]
     assert (1 - (vectors[0] * vectors[1]).sum(axis=1)).max() < 1e-5
-    failures = [EmbeddingSet.open(path).failures()["uri"].to_pylist() for path in (out, tmp_path / "local")]
+    failures = [EmbeddingSet.open(path).failures()["uri"].to_pylist() for path in (out, local)]
     assert sorted(failures[0]) == sorted(failures[1])
     run = read_json(out / "run.json")
     assert run["inputs"] == run["embedded"] + run["failed"] == 46
 
 
+@pytest.mark.slow
 def test_an_object_that_cannot_be_read_is_a_failure_row_until_it_can(
     cluster: EmbedCluster,
     proxy: FaultyS3,

@@ -126,6 +126,18 @@ def test_garbage_is_collected_only_when_every_shard_is_committed(out: Path) -> N
     assert collect_garbage(out) == 0
 
 
+def test_files_of_an_update_being_planned_are_not_garbage(out: Path) -> None:
+    commit(out, "a", table(3))
+    commit(out, "b", table(3, start=3))
+    (out / "manifest" / "items-000001-00000-0123456789ab.parquet").write_bytes(b"the next generation")
+    assert commit(out, "000001-000000", table(2, start=6))
+    commit(out, "000000-000009", table(2, start=6))
+    assert collect_garbage(out) == 2  # the last shard and its receipt
+    assert EmbeddingSet.open(out).complete
+    assert "items-000001-00000-0123456789ab.parquet" in names(out, "manifest")
+    assert "000001-000000.json" in names(out, "commits") and len(names(out, "embeddings")) == 3
+
+
 def test_a_changed_shard_is_refused(out: Path) -> None:
     commit(out, "a", table(3))
     path = out / read_json(out / "commits" / "a.json")["embeddings"]

@@ -81,7 +81,7 @@ def put_if_absent(path: Location, data: bytes) -> bool:
     except FileExistsError:
         return False
     finally:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
     return True
 
 

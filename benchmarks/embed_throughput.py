@@ -38,9 +38,9 @@ from torch.utils.data import DataLoader, Dataset
 from audiomae.config import build_config
 from audiomae.corpus.manifest import list_corpus
 from audiomae.corpus.synthetic import generate
+from audiomae.embedding.decoding import Clip, ItemError, decode_item
+from audiomae.embedding.embedder import BatchEncoder
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search.decoding import Clip, ItemError, decode_item
-from audiomae.search.embedder import BatchEncoder
 from audiomae.search.shards import EmbedSettings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ import torch
 
 from audiomae.corpus.decode import DecodeError, probe
 from audiomae.corpus.manifest import open_source
+from audiomae.embedding.decoding import decode_item
+from audiomae.embedding.embedder import BatchEncoder, embed_shard
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search.decoding import decode_item
-from audiomae.search.embedder import BatchEncoder, embed_shard
 from audiomae.search.shards import EmbedSettings
 
 PROBED_FILES = 64

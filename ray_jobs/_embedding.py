@@ -17,11 +17,11 @@ from ray.util.annotations import RayDeprecationWarning
 from audiomae.cli import Progress
 from audiomae.corpus.decode import DecodeError, probe
 from audiomae.corpus.manifest import open_source
-from audiomae.search.decoding import EmbedJob
-from audiomae.search.payload import decode_shards
-from audiomae.search.plan import ShardEntry
+from audiomae.embedding.decoding import EmbedJob
+from audiomae.embedding.payload import decode_shards
+from audiomae.embedding.plan import ShardEntry
+from audiomae.embedding.stages import EncodeStage, FusedStage
 from audiomae.search.shards import read_receipts
-from audiomae.search.stages import EncodeStage, FusedStage
 
 PASSES = 4
 RESERVED_CPU = 0.5  # left free in all: a pool that holds every CPU stops whatever else Ray must run

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from audiomae.cli import UserError, job_parser, run_job
 from audiomae.config import StrictConfig, load_config
 from audiomae.corpus.manifest import Corpus, list_corpus
+from audiomae.embedding.decoding import EmbedJob
+from audiomae.embedding.plan import Plan, load_plan, new_plan, normalise_listing, read_items
+from audiomae.embedding.update import copy_shard, difference, updated_plan
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search.decoding import EmbedJob
-from audiomae.search.plan import Plan, load_plan, new_plan, normalise_listing, read_items
 from audiomae.search.shards import EmbeddingSet, EmbedSettings, collect_garbage, map_ahead, read_receipts
-from audiomae.search.update import copy_shard, difference, updated_plan
 from audiomae.storage import to_path, write_json
 from ray_jobs._embed_estimate import estimate
 from ray_jobs._embed_summary import failure_counts, final_line, summarise

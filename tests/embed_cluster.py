@@ -109,11 +109,11 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
     import torch
 
     from audiomae.corpus.manifest import list_corpus
+    from audiomae.embedding.decoding import EmbedJob
+    from audiomae.embedding.plan import new_plan, normalise_listing
+    from audiomae.embedding.stages import FusedStage
     from audiomae.model.encoder import AudioEncoder
-    from audiomae.search.decoding import EmbedJob
-    from audiomae.search.plan import new_plan, normalise_listing
     from audiomae.search.shards import EmbedSettings
-    from audiomae.search.stages import FusedStage
     from audiomae.storage import write_json
 
     model, listed = AudioEncoder.load(encoder), list_corpus(str(corpus))

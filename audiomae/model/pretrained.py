@@ -125,43 +125,6 @@ def read_official(path: str, with_decoder: bool = True) -> AudioMAE:
     return model
 
 
-def initialize_backbone(model: AudioMAE, uri: str) -> list[str]:
-    """Start a network from trained weights, for fine-tuning; returns the names of parameters that stay as they were.
-
-    Positions are computed, so `img_size` may differ; widths, depth and patch shape may not. From an official checkpoint
-    into a `norm3` network, norm3 starts as a copy of norm2, so that the network computes the same at step 0.
-
-    Args:
-        model: the network to fill.
-        uri: `official:PATH`, or an encoder directory whose backbone is AudioMAE++ (its decoder is used if saved).
-
-    Raises:
-        ValueError: shapes differ; the message names the first of them.
-    """
-    if uri.startswith("official:"):
-        source: Any = read_official(uri.removeprefix("official:"), with_decoder=True)
-    elif uri.startswith("timm:"):
-        raise ValueError(
-            f"init {uri}: a timm ViT is no AudioMAE++ network; use it as the backbone: AudioEncoder.load({uri!r})"
-        )
-    else:
-        source = AudioEncoder.load(uri, device="cpu").backbone
-        if not isinstance(source, AudioMAE):
-            raise ValueError(f"init {uri}: its backbone is {source.config.kind}, expected audiomae")
-    weights = source.state_dict()
-    if source.config.ffn2_norm == "norm2" and model.config.ffn2_norm == "norm3":
-        weights |= {name.replace(".norm2.", ".norm3."): value for name, value in weights.items() if ".norm2." in name}
-    own = model.state_dict()
-    for name in own.keys() & weights.keys():
-        if own[name].shape != weights[name].shape:
-            raise ValueError(
-                f"init {uri}: {name} is {list(weights[name].shape)} there and {list(own[name].shape)} in this model: "
-                f"make size, patch_size and decoder settings equal to {source.config.model_dump_json()}"
-            )
-    missing, _ = model.load_state_dict({name: weights[name] for name in own.keys() & weights.keys()}, strict=False)
-    return sorted(missing)
-
-
 def load_timm(name: str) -> AudioEncoder:
     """A spectrogram ViT through timm, fed with AudioMAE's filter banks, mean-pooled.
 

@@ -19,6 +19,7 @@ import shutil
 import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from audiomae.storage import IntegrityError, Location
 
 FORMAT = 1
 RELEASE_FILE = "release.json"
+CLAIM = "CLAIM"
 STAGING_PREFIX = ".staging-"
 STALE_CLAIM_S = 24 * 3600.0
 _VERSION = re.compile(r"v(\d{6})")
@@ -255,14 +257,21 @@ def _enter(root: UPath, version: str, checksum: str, action: str, parent: Releas
 def _claim(root: UPath) -> UPath:
     number = max((int(path.name[1:]) for path in _versions(root)), default=0) + 1
     claim = storage.encode_json({"by": _who(), "time": time.time()})
-    while not storage.put_if_absent(root / f"v{number:06d}" / "CLAIM", claim):
+    while not _claimed(root / f"v{number:06d}", claim):
         number += 1
     return root / f"v{number:06d}"
 
 
+def _claimed(path: UPath, claim: bytes) -> bool:
+    try:
+        return storage.put_if_absent(path / CLAIM, claim)
+    except FileNotFoundError:  # whoever had it was just removing it
+        return False
+
+
 def _is_stale(path: UPath) -> bool:
     try:
-        return bool(time.time() - storage.read_json(path / "CLAIM")["time"] > STALE_CLAIM_S)
+        return bool(time.time() - storage.read_json(path / CLAIM)["time"] > STALE_CLAIM_S)
     except (OSError, IntegrityError, KeyError):
         return True
 
@@ -318,7 +327,15 @@ def _move(source: Path, target: UPath) -> None:
 
 
 def _remove(path: UPath) -> None:
-    path.fs.rm(path.path, recursive=True)
+    """Remove a directory; its number stays claimed to the end, so that no other build moves in half-way."""
+    if storage.is_local(path):
+        aside = path.parent / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
+        os.rename(path.path, aside.path)
+        shutil.rmtree(aside.path)
+        return
+    files = [item for _, item in storage.walk_files(path)]
+    for item in sorted(files, key=lambda item: item.name == CLAIM):
+        item.unlink()
 
 
 def _who() -> str:

@@ -10,9 +10,9 @@ import pytest
 from embed_cluster import DEADLINE_S, EmbedCluster, a_moment, commits, embed_cluster, embed_here, wait_until
 
 from audiomae.corpus.synthetic import generate
+from audiomae.embedding.plan import load_plan
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search.plan import load_plan
 from audiomae.search.shards import EmbeddingSet, column_to_vectors
 from audiomae.storage import read_json
 

@@ -11,9 +11,9 @@ import pytest
 from audiomae.cli import UserError
 from audiomae.config import ConfigError
 from audiomae.corpus.synthetic import generate
+from audiomae.embedding import plan as planning
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search import plan as planning
 from audiomae.search.shards import EmbeddingSet, column_to_vectors
 from audiomae.storage import read_json
 from ray_jobs.embed_corpus import main
@@ -211,18 +211,3 @@ def test_a_dry_run_predicts_and_writes_nothing(
     assert {"audio_hours", "hours", "disk_gib", "memory_gib_per_worker"} <= set(printed)
     assert 0.3 < float(printed["audio_hours"]) * 3600 / 100 < 3 and float(printed["cpu_hours"]) > 0
     assert not out.exists()
-
-
-def test_real_audio_embeds_whole(run: Run, esc10: Path, tmp_path: Path) -> None:
-    """Fifty real clips with labels from a listing, beside ten that are not audio."""
-    clips = sorted(esc10.rglob("*.ogg"))[::8]
-    bad = [tmp_path / f"bad{number}.ogg" for number in range(10)]
-    for path in bad:
-        path.write_bytes(b"OggS" + bytes(500))
-    listing = tmp_path / "listing.csv"
-    rows = [f"{path},{path.parent.name},{path.name[0]}" for path in clips] + [f"{path},none,0" for path in bad]
-    listing.write_text("\n".join(["uri,label,fold", *rows]))
-    assert run(listing, tmp_path / "out", "--window-s", "5") == 0
-    table = by_id(tmp_path / "out")
-    assert table.num_rows == len(clips) == 50 and EmbeddingSet.open(tmp_path / "out").failures().num_rows == 10
-    assert len(set(table["label"].to_pylist())) == 10 and len(set(table["fold"].to_pylist())) == 5

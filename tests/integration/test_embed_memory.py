@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 import soundfile
 
+from audiomae.embedding.decoding import EmbedJob
+from audiomae.embedding.plan import new_plan, normalise_listing
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search.decoding import EmbedJob
-from audiomae.search.plan import new_plan, normalise_listing
 from audiomae.search.shards import EmbeddingSet, EmbedSettings
 from audiomae.storage import write_json
 
@@ -22,8 +22,8 @@ MODES = ["windows", "file"]
 EMBED = """
 import json, resource, sys
 import pyarrow as pa
-from audiomae.search.decoding import EmbedJob
-from audiomae.search.stages import FusedStage
+from audiomae.embedding.decoding import EmbedJob
+from audiomae.embedding.stages import FusedStage
 stage = FusedStage(EmbedJob.model_validate_json(sys.argv[1]))
 started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for entry in json.loads(sys.argv[2]):

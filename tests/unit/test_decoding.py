@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from audiomae.search.decoding import IsolatedDecoder, ItemError, decode_item
+from audiomae.embedding.decoding import IsolatedDecoder, ItemError, decode_item
 from audiomae.search.shards import EmbedSettings
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=2, sample_rate=8000, mode="windows", window_s=1, hop_s=1)

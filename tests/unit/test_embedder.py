@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audiomae.corpus.manifest import clip_id
+from audiomae.embedding import decoding, embedder
+from audiomae.embedding.decoding import Clip, Item, ItemError
+from audiomae.embedding.embedder import BatchEncoder, batches_by_length, embed_shard
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search import decoding, embedder
-from audiomae.search.decoding import Clip, Item, ItemError
-from audiomae.search.embedder import BatchEncoder, batches_by_length, embed_shard
 from audiomae.search.shards import EmbedSettings, column_to_vectors
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=2, sample_rate=100, mode="windows", window_s=1, hop_s=1)

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pytest
 
 from audiomae.corpus.synthetic import generate
+from audiomae.embedding import payload as payloads
+from audiomae.embedding.decoding import BLOCK, Clip, Item, ItemError, decode_item
+from audiomae.embedding.embedder import BatchEncoder
+from audiomae.embedding.payload import Payload, quantise
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search import payload as payloads
-from audiomae.search.decoding import BLOCK, Clip, Item, ItemError, decode_item
-from audiomae.search.embedder import BatchEncoder
-from audiomae.search.payload import Payload, quantise
 from audiomae.search.shards import EmbedSettings
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=64, sample_rate=16000, mode="windows", window_s=5, hop_s=5)

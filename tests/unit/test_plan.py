@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audiomae.cli import UserError
-from audiomae.search import plan as planning
+from audiomae.embedding import plan as planning
 from audiomae.search.shards import EmbedSettings
 from audiomae.storage import IntegrityError
 

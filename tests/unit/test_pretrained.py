@@ -16,7 +16,7 @@ from audiomae import AudioEncoder
 from audiomae.config import ConfigError
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, flat_positions, grid_positions
 from audiomae.model.encoder import EncoderConfig
-from audiomae.model.pretrained import AUDIOMAE_FEATURES, initialize_backbone, read_official
+from audiomae.model.pretrained import AUDIOMAE_FEATURES, read_official
 
 ARGUMENTS = {
     "img_size": [200, 80],
@@ -151,36 +151,6 @@ def test_missing_pieces_are_named(folder):
         AudioEncoder.load(f"official:{folder}")
     with pytest.raises(FileNotFoundError, match="no such file"):
         AudioEncoder.load(f"official:{folder}/x.pth")
-
-
-# --- fine-tuning ------------------------------------------------------------------------------------------------------
-
-
-def test_fine_tuning_starts_where_the_official_network_is(folder, original):
-    model = AudioMAE(AudioMAEConfig(size="debug", decoder_positions="1d")).eval()
-    assert initialize_backbone(model, f"official:{folder}") == []
-    x = torch.randn(2, 1, 200, 80)
-    torch.testing.assert_close(model.encode(x).tokens, original.encode(x).tokens)
-    out = model(x, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(out.pred, original(x, 0.75, generator=torch.Generator().manual_seed(0)).pred)
-
-
-def test_fine_tuning_from_an_encoder_directory_at_another_length(tmp_path):
-    backbone = AudioMAEConfig(size="debug")
-    source = AudioEncoder.from_config(EncoderConfig(backbone=backbone), seed=3)
-    source.save(tmp_path)
-    model = AudioMAE(AudioMAEConfig(size="debug", img_size=(400, 80)))
-    kept = initialize_backbone(model, str(tmp_path))
-    assert kept and all(name.startswith("decoder.") for name in kept)
-    assert torch.equal(model.blocks[1].attn.qkv.weight, source.backbone.blocks[1].attn.qkv.weight)
-
-
-def test_unlike_network_is_refused(folder):
-    model = AudioMAE(AudioMAEConfig(size="debug", patch_size=(8, 16)))
-    with pytest.raises(ValueError, match=r"(patch_proj|pred)\S+ is \[.*patch_size"):
-        initialize_backbone(model, f"official:{folder}")
-    with pytest.raises(ValueError, match="use it as the backbone"):
-        initialize_backbone(model, "timm:local-dir:x")
 
 
 # --- timm -------------------------------------------------------------------------------------------------------------

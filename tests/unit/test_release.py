@@ -1,6 +1,7 @@
 """Publishing a version once, finding it, rolling back, cleaning up; on a local disk and on S3."""
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -98,6 +99,20 @@ def test_the_second_of_two_builds_on_one_base_publishes_nothing(index_dir: str, 
     assert release.resolve(index_dir) == winner
     versions = {path.name for path in storage.to_path(index_dir).iterdir() if path.name.startswith("v")}
     assert versions == {"v000001", "v000002"}
+
+
+def test_a_number_whose_owner_is_just_leaving_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = publish(tmp_path / "index", tmp_path)
+    link = os.link
+
+    def leave_first(temporary: Path, path: str) -> None:
+        if path.endswith("v000002/CLAIM"):
+            release._remove(storage.to_path(path).parent)
+        link(temporary, path)
+
+    monkeypatch.setattr(os, "link", leave_first)
+    assert publish(tmp_path / "index", tmp_path, base).version == "v000003"
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["LATEST", "history", "v000001", "v000003"]
 
 
 def test_of_many_builds_at_once_exactly_one_wins(index_dir: str, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from audiomae.corpus.manifest import clip_id
-from audiomae.search import plan as planning
+from audiomae.embedding import plan as planning
+from audiomae.embedding.update import copy_shard, difference, updated_plan
 from audiomae.search.shards import (
     FAILURE_SCHEMA,
     EmbeddingSet,
@@ -18,7 +19,6 @@ from audiomae.search.shards import (
     embedding_schema,
     vectors_to_column,
 )
-from audiomae.search.update import copy_shard, difference, updated_plan
 from audiomae.storage import write_json
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=2, sample_rate=16000, mode="windows", window_s=5, hop_s=5)

@@ -1,7 +1,7 @@
 """From the items of one shard to its committed rows: decode, batch by length, encode, write.
 
 `embed_shard` is the whole algorithm and knows neither Ray nor files: it takes an iterator of windows per item and an
-encode function. `audiomae/search/stages.py` runs it in worker processes.
+encode function. `audiomae/embedding/stages.py` runs it in worker processes.
 """
 
 import time
@@ -13,9 +13,9 @@ import pyarrow as pa
 import torch
 
 from audiomae.corpus.manifest import clip_id
+from audiomae.embedding.decoding import BLOCK, Clip, Decode, Item, consume_item, failure_row
+from audiomae.embedding.plan import extra_columns
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search.decoding import BLOCK, Clip, Decode, Item, consume_item, failure_row
-from audiomae.search.plan import extra_columns
 from audiomae.search.shards import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
 
 MAX_PADDING = 0.05
@@ -40,7 +40,7 @@ def embed_shard(items: pa.Table, decode: Decode, encode: Encode, settings: Embed
     """Embed the items of one shard; an item that fails becomes a failure row and leaves no embedding behind.
 
     Args:
-        items: work items (`audiomae.search.plan`), one row each.
+        items: work items (`audiomae.embedding.plan`), one row each.
         decode: yields the windows of an item (a dict of its columns and its `number` in the shard) in order; called
             again when a read fails for a passing reason.
         encode: embeds windows -> `float32[N, dim]`, rows L2-normalised.

@@ -164,7 +164,7 @@ class IsolatedDecoder:
         if self._pipe is None:
             self._pipe, theirs = Pipe()
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            command = [sys.executable, "-m", "audiomae.search.decoding", str(theirs.fileno())]
+            command = [sys.executable, "-m", "audiomae.embedding.decoding", str(theirs.fileno())]
             self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
             theirs.close()
         return self._pipe

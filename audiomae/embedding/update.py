@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from audiomae.config import StrictConfig
-from audiomae.search.plan import (
+from audiomae.embedding.plan import (
     Plan,
     Probe,
     ShardEntry,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from audiomae.search.decoding import (
+from audiomae.embedding.decoding import (
     BLOCK,
     Clip,
     Decode,
@@ -26,7 +26,7 @@ from audiomae.search.decoding import (
     consume_item,
     decoder_of,
 )
-from audiomae.search.plan import ShardEntry, read_shard_items
+from audiomae.embedding.plan import ShardEntry, read_shard_items
 
 MAX_SAMPLES = 32 << 20  # 64 MB of int16: about 35 minutes at 16 kHz
 FULL_SCALE = 32767

@@ -100,9 +100,8 @@ def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> It
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(
-        logging.CRITICAL
-    )  # a traceback per lost worker; run_passes says it in a line
+    # a traceback per lost worker: run_passes says it in a line
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.max_errored_blocks = -1  # a shard whose worker died is retried by run_passes, not fatal
     context.target_max_block_size = None  # a shard is one row and stays one block
     dataset: Dataset = ray.data.from_items(
@@ -124,7 +123,7 @@ def _fused(dataset: Dataset, job: EmbedJob, topology: Topology) -> Dataset:
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            min_size=1, max_size=topology.encoders, initial_size=topology.encoders, max_tasks_in_flight_per_actor=1
+            min_size=1, max_size=topology.encoders, initial_size=topology.encoders, max_tasks_in_flight_per_actor=2
         ),
         num_cpus=topology.encoder_cpus,
         num_gpus=topology.encoder_gpus,

@@ -16,7 +16,7 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # the jobs print their own progress
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the jobs print their own progress
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):

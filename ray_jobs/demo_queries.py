@@ -4,7 +4,6 @@ Every labelled file of a corpus is sent as a real HTTP upload; an answer is righ
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from audiomae import storage
 from audiomae.cli import UserError, run_job

@@ -128,9 +128,8 @@ def test_random_kills_leave_no_trace(
     assert_same(job.out, undisturbed)
 
 
-@pytest.mark.parametrize(
-    "fault", ["segfault", *(pytest.param(name, marks=pytest.mark.slow) for name in ("killed", "exits"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["segfault", "killed", "exits"])
 def test_a_file_that_kills_its_process_is_quarantined(
     cluster: EmbedCluster, encoder: Path, corpus: Path, tmp_path: Path, fault: str
 ) -> None:

@@ -1,7 +1,6 @@
 """`ray start --head`, then the jobs as their users start them: `ray job submit --working-dir . -- python ...`."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from audiomae.corpus.synthetic import generate
@@ -46,7 +46,8 @@ def head() -> Iterator[dict[str, str]]:
             _wait_for_dashboard(f"http://127.0.0.1:{dashboard}/api/version", process)
             yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         finally:
-            process.send_signal(signal.SIGTERM)
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()
             process.wait(timeout=60)
 
 
@@ -75,6 +76,7 @@ def _submit(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[s
 def test_train_and_embed_as_submitted_jobs(head: dict[str, str], tmp_path: Path) -> None:
     corpus = generate(tmp_path / "corpus", num_clips=40, seed=3, bad_files=True)
     train = ["ray_jobs/train.py", "--config", "ray_jobs/recipes/debug.yaml", "--corpus", str(corpus)]
+    train += ["--set", "epochs=1"]
     done = _submit(head, *train, "--storage", str(tmp_path / "runs"), "--name", "submitted")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     encoder = tmp_path / "runs" / "submitted" / "encoder"

@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# the tests with a Ray cluster share one process, the others run beside them
-PARALLEL := -n 2 --dist loadgroup
 
 .PHONY: help setup setup-gpu demo test test-all lint bench serve clean
 
@@ -28,10 +26,10 @@ demo: $(STAMP) ## from raw audio to a live answer on the generated corpus, then 
 	$(BIN)/python ray_jobs/demo.py --out demo
 
 test: $(STAMP) ## the default suite (under 12 minutes on 2 cores)
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest
 
 test-all: $(STAMP) ## everything, the slow chaos and scale tests included
-	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" --timeout 1800
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
 
 lint: $(STAMP) ## ruff, types, import rules
 	$(BIN)/ruff check .

@@ -20,13 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run in parallel (`pytest -n 2 --dist loadgroup`), all tests with a cluster share one process and its cluster."""
-    for item in items:
-        if {"integration", "chaos"} & set(item.path.parts):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of a real S3 protocol server on loopback; the AWS variables of this process point at it."""

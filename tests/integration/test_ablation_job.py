@@ -79,6 +79,7 @@ def stamps(folder):
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("fold-*.json")}
 
 
+@pytest.mark.slow
 def test_rows_of_every_kind_and_a_relaunch_that_does_only_what_is_missing(arguments, tmp_path, ray_cluster, capsys):
     argv = arguments(ROWS, "--cpus-per-run", "0.5", "--results", str(tmp_path / "docs/results.md"))
     assert main(argv) == 0

@@ -76,7 +76,7 @@ def _submit(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[s
 def test_train_and_embed_as_submitted_jobs(head: dict[str, str], tmp_path: Path) -> None:
     corpus = generate(tmp_path / "corpus", num_clips=40, seed=3, bad_files=True)
     train = ["ray_jobs/train.py", "--config", "ray_jobs/recipes/debug.yaml", "--corpus", str(corpus)]
-    train += ["--set", "epochs=1"]
+    train += ["--set", "epochs=1", "--set", "workers.num=1"]
     done = _submit(head, *train, "--storage", str(tmp_path / "runs"), "--name", "submitted")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     encoder = tmp_path / "runs" / "submitted" / "encoder"

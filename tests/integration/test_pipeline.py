@@ -30,7 +30,7 @@ def test_real_audio_from_files_to_answers(
     every: int, clips: int, esc10: Path, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listing, out = write_listing(esc10, tmp_path, every), tmp_path / "out"
-    line = ["--config", str(RECIPE), "--set", "epochs=1", "--set", "embed.per_file=true"]
+    line = ["--config", str(RECIPE), "--set", "epochs=1", "--set", "workers.num=1", "--set", "embed.per_file=true"]
     line += ["--corpus", str(listing), "--out", str(out), "--group", "fold"]
     assert pipeline.main(line) == 0
     embeddings = EmbeddingSet.open(out / "embeddings")

@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 
 from audiomae.cli import Progress, UserError, job_parser, run_job
 from audiomae.config import build_config, nearest
-from audiomae.storage import read_json, sha256_bytes, to_path, write_bytes
+from audiomae.corpus.sources import is_s3, join
+from audiomae.storage import read_json, sha256_bytes, sha256_file, to_path, write_bytes
 from audiomae.training.recipe import TrainConfig
 from ray_jobs._ablation_rows import Row, Unit, config_trees, load_rows, plan_units, selected
 from ray_jobs._ray import connect
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     data = build_config(TrainConfig, trees[names[0]]).data
     root, listing = _listing(args.corpus, str(data.label), args.fold_column)
     folds = _chosen_folds(listing, args.fold_column, args.folds)
-    corpus_hash = _corpus_hash(listing, str(data.label), args.fold_column)
+    corpus_hash = _corpus_hash(root, listing, str(data.label), args.fold_column)
     every_unit = plan_units(rows, trees, folds, args.seeds, args.fold_column, corpus_hash)
     units = [unit for unit in every_unit if unit.row in names]
     out = str(to_path(args.out))
@@ -99,9 +100,15 @@ def _chosen_folds(listing: pa.Table, column: str, wanted: Sequence[str] | None) 
     return list(wanted or present)
 
 
-def _corpus_hash(listing: pa.Table, label: str, fold_column: str) -> str:
+def _corpus_hash(root: str, listing: pa.Table, label: str, fold_column: str) -> str:
+    """Names the sounds, labels and folds; a local file by its bytes, so that a copied corpus is the same corpus."""
     rows = zip(*(listing[name].to_pylist() for name in ("uri", "content_id", label, fold_column)), strict=True)
-    return sha256_bytes(json.dumps([[str(value) for value in row] for row in rows]).encode())
+    named = []
+    for uri, content_id, *columns in rows:
+        path = join(root, uri)
+        content = sha256_file(path) if not is_s3(path) and Path(path).is_file() else content_id
+        named.append([uri, content, *map(str, columns)])
+    return sha256_bytes(json.dumps(named).encode())
 
 
 def _finished(out: str, unit: Unit) -> bool:

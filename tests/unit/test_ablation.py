@@ -1,14 +1,17 @@
 """Rows of an ablation: inheritance, what names a run, and the table that is made of the results."""
 
+import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
 from audiomae.config import ConfigError
 from audiomae.evaluation.ablation import RowResults, difference, render_table
 from ray_jobs._ablation_rows import config_trees, load_rows, merged, plan_units, selected
+from ray_jobs.ablation import _corpus_hash
 
 RECIPES = Path(__file__).resolve().parents[2] / "ray_jobs" / "recipes"
 
@@ -162,3 +165,19 @@ def test_the_rows_that_ship_are_valid():
     rows = load_rows(RECIPES / "ablations")
     config_trees(rows, [str(RECIPES / "esc10.yaml")], [])
     assert rows["base"].parent is None
+
+
+def test_a_corpus_is_known_by_its_bytes_labels_and_folds(tmp_path):
+    def hashed(**columns):
+        rows = {"uri": ["a.wav"], "content_id": ["1-2"], "label": ["rain"], "fold": [1]} | columns
+        return _corpus_hash(str(tmp_path), pa.table(rows), "label", "fold")
+
+    (tmp_path / "a.wav").write_bytes(b"sound")
+    first = hashed()
+    os.utime(tmp_path / "a.wav", (1, 1))
+    assert hashed(content_id=["1-1"]) == first  # copied or touched: what was measured on it stands
+    assert len({first, hashed(label=["sea"]), hashed(fold=[2])}) == 3
+    (tmp_path / "a.wav").write_bytes(b"other")
+    assert hashed() != first
+    there_is_no_file = hashed(uri=["b.wav"])
+    assert hashed(uri=["b.wav"], content_id=["etag"]) != there_is_no_file

@@ -11,7 +11,7 @@ and worker counts, found on a sample first:
   the same cores they could do 1 / (1 / decode + 1 / encode), on a GPU the smaller of the two. Measured before and after
   the job, and averaged;
 - dataloader: a PyTorch DataLoader whose workers decode, length-bucketed batches in the main process;
-- file_by_file: librosa.load, then one forward of the whole file padded to full windows, as the official repository.
+- file_by_file: librosa.load, then one window of one sound after another, as the official repository (`_official.py`).
 
 Rates are files per second from the first to the last one; start-up and end-to-end times stand beside them.
 """
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _official import embed_sound, use_official_attention
 from torch.utils.data import DataLoader, Dataset
 
 from audiomae.config import build_config
@@ -306,14 +307,13 @@ def best_single(encoder: str, uris: Sequence[str]) -> dict[str, Any]:
 
 
 def file_by_file(encoder: str, uris: Sequence[str], threads: int, results: Any, began: float) -> None:
-    """librosa.load and one forward per file over full windows, padding and all."""
+    """librosa.load, then the official repository's way through the model."""
     import librosa
 
     torch.set_num_threads(threads)
     model = AudioEncoder.load(encoder)
-    if hasattr(model.config, "attend_padding"):
-        model.config = model.config.model_copy(update={"attend_padding": True})
-    warm_up(BatchEncoder(model, 1))
+    use_official_attention(model)
+    embed_sound(model, torch.zeros(round(WINDOW_S * model.sample_rate), device=model.device))
     first = time.time()
     rows = []
     for uri in uris:
@@ -321,9 +321,8 @@ def file_by_file(encoder: str, uris: Sequence[str], threads: int, results: Any, 
             waveform, _ = librosa.load(uri, sr=model.sample_rate, mono=True)
         except Exception:
             continue
-        with torch.no_grad():
-            rows.append(model(torch.from_numpy(waveform)[None].to(model.device)).cpu().numpy())
-    np.concatenate(rows)
+        rows.append(embed_sound(model, torch.from_numpy(waveform).to(model.device)).cpu().numpy())
+    np.stack(rows)
     results.put((began, first, time.time()))
 
 

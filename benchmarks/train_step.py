@@ -8,8 +8,8 @@ hits both; beside wall time there is CPU time, which a busy machine disturbs les
 memory and nothing else around it: model, augmentation, loss, DDP, AdamW. Ours is `audiomae.training.loop` with its
 reader thread, seeds, metrics and checks.
 
-The official block (github.com/SarthakYadav/audiomae-plusplus-official, rebuilt here from its description: explicit
-softmax(q k^T) v, separate q, k, v splits, SwiGLU) replaces ours in encoder and decoder for the second ratio.
+For the second ratio the official repository's attention (benchmarks/_official.py) replaces ours in encoder and decoder;
+the rest of its block does the same products as ours.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from _official import use_official_attention
 from torch import Generator, Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
@@ -213,7 +214,7 @@ class _Bare:
         torch.manual_seed(config.seed)
         encoder = build_encoder(config)
         if official:
-            _use_official_blocks(encoder)
+            use_official_attention(encoder)
         self.window = training_window(encoder)
         self.model: nn.Module = _BareModel(encoder, config).to(device).train()
         if workers > 1:
@@ -267,62 +268,6 @@ class _BareModel(nn.Module):
                 dist.all_gather(parts, groups)
                 groups = torch.cat(parts)
             return reconstruction + self.weight * info_nce(z, groups, 0.1)
-
-
-class _OfficialAttention(nn.Module):
-    """Attention with its scores written out, as before fused kernels; takes over the weights of a timm `Attention`."""
-
-    def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.num_heads: int = attention.num_heads
-        self.scale: float = attention.scale
-        self.qkv: nn.Module = attention.qkv
-        self.proj: nn.Module = attention.proj
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        rows, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(rows, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        scores = (q @ k.transpose(-2, -1)) * self.scale
-        weights = scores.softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(rows, tokens, dim))
-
-
-class _OfficialSwiGLU(nn.Module):
-    """SwiGLU with one product for gate and value, split afterwards: silu(a) * b, normed, projected."""
-
-    def __init__(self, ffn: Any) -> None:
-        super().__init__()
-        self.w12 = nn.Linear(ffn.fc1_g.in_features, 2 * ffn.fc1_g.out_features)
-        self.norm: nn.Module = ffn.norm
-        self.w3: nn.Module = ffn.fc2
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(self.norm(nn.functional.silu(gate) * value))
-
-
-class _OfficialBlock(nn.Module):
-    """x + FFN/2, + attention, + SwiGLU, the second norm used twice."""
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.norm1: nn.Module = block.norm1
-        self.norm2: nn.Module = block.norm2
-        block.ffn1.act = nn.SiLU()
-        self.ffn1: nn.Module = block.ffn1
-        self.attn, self.ffn2 = _OfficialAttention(block.attn), _OfficialSwiGLU(block.ffn2)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        x = x + 0.5 * self.ffn1(self.norm1(x))
-        x = x + self.attn(self.norm2(x))
-        return x + self.ffn2(self.norm2(x))
-
-
-def _use_official_blocks(encoder: AudioEncoder) -> None:
-    backbone: Any = encoder.backbone
-    for network in (backbone, backbone.decoder):
-        network.blocks = nn.ModuleList(_OfficialBlock(block) for block in network.blocks)
 
 
 if __name__ == "__main__":

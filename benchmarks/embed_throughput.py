@@ -64,7 +64,20 @@ def main() -> None:
         result = measure(args, Path(folder))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a person wants to see it."""
+    rates, lines = result["rates_files_per_s"], []
+    for name in ("job", "ideal", "decode", "encode", "dataloader", "file_by_file"):
+        line = f"{name:<14}{rates[name]:>10.1f}{rates['job'] / rates[name]:>10.2f}"
+        if name in result["startup_s"]:
+            line += f"{result['startup_s'][name]:>12.1f}{result['end_to_end_s'][name]:>14.1f}"
+        lines.append(line)
+    shares = ", ".join(f"{stage} {share:.1%}" for stage, share in result["stage_shares"].items())
+    head = f"{result['clips']:,} files{'files/s':>13}{'job / it':>10}{'start-up s':>12}{'end to end s':>14}"
+    return "\n".join([head, *lines, f"workers of the job: {shares} busy; bottleneck {result['bottleneck']}"])
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

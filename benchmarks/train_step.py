@@ -64,7 +64,18 @@ def main() -> None:
         result = json.loads((Path(folder) / "result.json").read_text())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    print(_table(result))
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{'side':<16}{'step s':>10}{'ours / it':>11}{'CPU ours / it':>15}",
+        f"{'ours':<16}{result['step_s']:>10.3f}",
+    ]
+    for name in ("bare_ddp", "official_block"):
+        ratios = f"{result[f'ratio_{name}']:>11.3f}{result[f'cpu_ratio_{name}']:>15.3f}"
+        lines.append(f"{name:<16}{result[f'step_s_{name}']:>10.3f}{ratios}")
+    return "\n".join([*lines, f"waiting for data: {result['data_wait_share']:.3%} of the time"])
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:

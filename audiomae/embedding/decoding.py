@@ -6,10 +6,10 @@ file is a failure row like any other. The child answers over a socket pair and e
 """
 
 import contextlib
-import faulthandler
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -194,15 +194,18 @@ def decoder_of(job: EmbedJob) -> Decode:
 
 
 def _watched(job: EmbedJob, item: Item) -> Iterator[Clip]:
-    """Decode here; a decoder stuck in a C library ends this process, so that the shard is retried in isolation."""
+    """Decode here; a decoder stuck in a C library ends this process, so that the shard is retried in isolation.
+
+    The kernel's alarm does it: its default is to end the process, and setting it costs a microsecond.
+    """
+    others = signal.setitimer(signal.ITIMER_REAL, job.stall_timeout_s)
     try:
-        faulthandler.dump_traceback_later(job.stall_timeout_s, exit=True)
         for clip in decode_item(item, job.root, job.settings):
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, *others)
             yield clip
-            faulthandler.dump_traceback_later(job.stall_timeout_s, exit=True)
+            signal.setitimer(signal.ITIMER_REAL, job.stall_timeout_s)
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, *others)
 
 
 def serve(pipe: Connection) -> None:

@@ -1,5 +1,9 @@
 """Decoding work items here and in a child process, and children that die."""
 
+import os
+import signal
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from audiomae.embedding.decoding import IsolatedDecoder, ItemError, decode_item
+from audiomae.embedding.decoding import EmbedJob, IsolatedDecoder, ItemError, decode_item, decoder_of
 from audiomae.search.shards import EmbedSettings
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=2, sample_rate=8000, mode="windows", window_s=1, hop_s=1)
@@ -46,13 +50,17 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def isolated(
-    corpus: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[IsolatedDecoder]:
-    """An isolated decoder whose children (not this process) have faults injected into their decoder at start."""
+def faults(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder that, on a process' path when it starts, injects faults into its decoder."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "sitecustomize.py").write_text(textwrap.dedent(FAULTS))
-    monkeypatch.syspath_prepend(str(folder))
+    return str(folder)
+
+
+@pytest.fixture
+def isolated(corpus: Path, faults: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[IsolatedDecoder]:
+    """An isolated decoder whose children (not this process) have the faults."""
+    monkeypatch.syspath_prepend(faults)
     decoder = IsolatedDecoder(str(corpus), SETTINGS, stall_timeout_s=250)
     yield decoder
     decoder.close()
@@ -111,6 +119,27 @@ def test_a_decoder_that_hangs_is_given_up(isolated: IsolatedDecoder) -> None:
     assert reason(isolated, "hangs").error_class == "Stalled"
     isolated.stall_timeout_s = 250
     assert len(list(isolated({"uri": "good.wav"}))) == 4
+
+
+def test_a_worker_whose_decoder_hangs_ends(corpus: Path, faults: str) -> None:
+    script = f"""
+from audiomae.embedding.decoding import EmbedJob, EmbedSettings, decoder_of
+settings = EmbedSettings(**{SETTINGS.model_dump()!r})
+job = dict(out="", encoder="", root={str(corpus)!r}, settings=settings, manifest="")
+print(len(list(decoder_of(EmbedJob(**job))({{"uri": "good.wav"}}))), flush=True)
+list(decoder_of(EmbedJob(**job, stall_timeout_s=0.5))({{"uri": "hangs.wav"}}))
+"""
+    path = os.pathsep.join([faults, *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (-signal.SIGALRM, b"4\n")
+
+
+def test_watching_a_decoder_leaves_other_alarms_as_they_were(corpus: Path) -> None:
+    job = EmbedJob(out="", encoder="", root=str(corpus), settings=SETTINGS, manifest="", stall_timeout_s=200)
+    before = signal.getitimer(signal.ITIMER_REAL)
+    for _ in decoder_of(job)({"uri": "good.wav"}):
+        assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (before[0] > 0)
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (before[0] > 0)
 
 
 def test_the_child_ends_with_its_parent(isolated: IsolatedDecoder) -> None:

@@ -130,7 +130,7 @@ def test_random_kills_leave_no_trace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["segfault", "killed", "exits"])
+@pytest.mark.parametrize("fault", ["segfault", "killed", "exits", "hangs"])
 def test_a_file_that_kills_its_process_is_quarantined(
     cluster: EmbedCluster, encoder: Path, corpus: Path, tmp_path: Path, fault: str
 ) -> None:
@@ -140,10 +140,14 @@ def test_a_file_that_kills_its_process_is_quarantined(
     for number, clip in enumerate(clips[:12]):
         shutil.copy(clip, source / f"good{number}.wav")
     shutil.copy(clips[-1], source / f"{fault}.wav")
-    Job(cluster, encoder, source, tmp_path / "out").finish()
+    Job(cluster, encoder, source, tmp_path / "out", "--stall-timeout-s", "10").finish()
     embeddings = EmbeddingSet.open(tmp_path / "out")
     assert set(embeddings.read()["uri"].to_pylist()) == {f"good{number}.wav" for number in range(12)}
     (failure,) = embeddings.failures().to_pylist()
-    assert (failure["uri"], failure["stage"], failure["error_class"]) == (f"{fault}.wav", "decode", "ProcessDied")
+    assert (failure["uri"], failure["stage"]) == (f"{fault}.wav", "decode")
+    if fault == "hangs":
+        assert (failure["error_class"], failure["message"]) == ("Stalled", "no window within 10 s")
+        return
+    assert failure["error_class"] == "ProcessDied"
     how = {"segfault": "signal 11", "killed": "signal 9", "exits": "status 7"}[fault]
     assert how in failure["message"] and "tried 3 times" in failure["message"]

@@ -129,8 +129,8 @@ job = dict(out="", encoder="", root={str(corpus)!r}, settings=settings, manifest
 print(len(list(decoder_of(EmbedJob(**job))({{"uri": "good.wav"}}))), flush=True)
 list(decoder_of(EmbedJob(**job, stall_timeout_s=0.5))({{"uri": "hangs.wav"}}))
 """
-    path = os.pathsep.join([faults, *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([faults, *filter(None, sys.path)])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE)
     assert (done.returncode, done.stdout) == (-signal.SIGALRM, b"4\n")
 
 

@@ -41,6 +41,7 @@ from audiomae.corpus.manifest import list_corpus
 from audiomae.corpus.synthetic import generate
 from audiomae.embedding.decoding import Clip, ItemError, decode_item
 from audiomae.embedding.embedder import BatchEncoder
+from audiomae.model.audiomae import AudioMAE
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.search.shards import EmbedSettings
 
@@ -320,13 +321,21 @@ def best_single(encoder: str, uris: Sequence[str]) -> dict[str, Any]:
 
 
 def file_by_file(encoder: str, uris: Sequence[str], threads: int, results: Any, began: float) -> None:
-    """librosa.load, then the official repository's way through the model."""
+    """librosa.load, then the official repository's way through the model; one forward a sound where it has no such."""
     import librosa
 
     torch.set_num_threads(threads)
     model = AudioEncoder.load(encoder)
-    use_official_attention(model)
-    embed_sound(model, torch.zeros(round(WINDOW_S * model.sample_rate), device=model.device))
+    official = isinstance(model.backbone, AudioMAE)
+    if official:
+        use_official_attention(model)
+
+    @torch.no_grad()
+    def embed(waveform: torch.Tensor) -> np.ndarray:
+        sound = waveform.to(model.device)
+        return (embed_sound(model, sound) if official else model(sound[None])[0]).cpu().numpy()
+
+    embed(torch.zeros(round(WINDOW_S * model.sample_rate)))
     first = time.time()
     rows = []
     for uri in uris:
@@ -334,7 +343,7 @@ def file_by_file(encoder: str, uris: Sequence[str], threads: int, results: Any, 
             waveform, _ = librosa.load(uri, sr=model.sample_rate, mono=True)
         except Exception:
             continue
-        rows.append(embed_sound(model, torch.from_numpy(waveform).to(model.device)).cpu().numpy())
+        rows.append(embed(torch.from_numpy(waveform)))
     np.stack(rows)
     results.put((began, first, time.time()))
 

@@ -69,12 +69,12 @@ def main() -> None:
 
 def _table(result: dict[str, Any]) -> str:
     lines = [
-        f"{'side':<16}{'step s':>10}{'ours / it':>11}{'CPU ours / it':>15}",
-        f"{'ours':<16}{result['step_s']:>10.3f}",
+        f"{'side':<20}{'step s':>10}{'ours / it':>11}{'CPU ours / it':>15}",
+        f"{'ours':<20}{result['step_s']:>10.3f}",
     ]
-    for name in ("bare_ddp", "official_block"):
+    for name in ("bare_ddp", "official_attention"):
         ratios = f"{result[f'ratio_{name}']:>11.3f}{result[f'cpu_ratio_{name}']:>15.3f}"
-        lines.append(f"{name:<16}{result[f'step_s_{name}']:>10.3f}{ratios}")
+        lines.append(f"{name:<20}{result[f'step_s_{name}']:>10.3f}{ratios}")
     return "\n".join([*lines, f"waiting for data: {result['data_wait_share']:.3%} of the time"])
 
 
@@ -170,11 +170,11 @@ def _result(
         "precision": "bfloat16" if bfloat16 else "float32",
         "step_s": median["ours"],
         "step_s_bare_ddp": median["bare"],
-        "step_s_official_block": median["official"],
+        "step_s_official_attention": median["official"],
         "ratio_bare_ddp": _paired(wall, "bare"),
-        "ratio_official_block": _paired(wall, "official"),
+        "ratio_official_attention": _paired(wall, "official"),
         "cpu_ratio_bare_ddp": _paired(cpu, "bare"),
-        "cpu_ratio_official_block": _paired(cpu, "official"),
+        "cpu_ratio_official_attention": _paired(cpu, "official"),
         "data_wait_share": wait,
         "clips_per_s": args.batch / median["ours"],
         "hardware": {

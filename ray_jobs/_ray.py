@@ -24,11 +24,11 @@ def connect() -> None:
         return
     # Ray may create a token file for a local, loopback-only cluster that a later `ray job submit` would then lack.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    paths = [str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # through the environment rather than a runtime_env, which would make Ray start other workers than those it has ready
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(
         address="local",
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
     )

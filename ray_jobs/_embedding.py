@@ -1,6 +1,5 @@
 """The Ray side of `embed_corpus`: the pipeline over the shards of a plan, retried until every shard is committed."""
 
-import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
@@ -22,6 +21,7 @@ from audiomae.embedding.payload import decode_shards
 from audiomae.embedding.plan import ShardEntry
 from audiomae.embedding.stages import EncodeStage, FusedStage
 from audiomae.search.shards import read_receipts
+from ray_jobs._ray import quiet_data_context
 
 PASSES = 4
 RESERVED_CPU = 0.5  # left free in all: a pool that holds every CPU stops whatever else Ray must run
@@ -97,11 +97,7 @@ def run_passes(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology)
 
 
 def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> Iterator[dict[str, Any]]:
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # a traceback per lost worker: run_passes says it in a line
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = quiet_data_context()  # it would print a traceback per lost worker: run_passes says it in a line
     context.max_errored_blocks = -1  # a shard whose worker died is retried by run_passes, not fatal
     context.target_max_block_size = None  # a shard is one row and stays one block
     dataset: Dataset = ray.data.from_items(

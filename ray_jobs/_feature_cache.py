@@ -13,6 +13,7 @@ from audiomae.training.data import cache_key, pending_shards, read_clips, write_
 from audiomae.training.extract import Extractor, cache_recipe
 from audiomae.training.items import matches
 from audiomae.training.recipe import DataConfig
+from ray_jobs._ray import quiet_data_context
 
 FILES_PER_SHARD, MOST_SHARDS = 32, 4096
 MAX_REASONS = 5
@@ -70,8 +71,7 @@ def _extract(
     """Run the pending shards as Ray Data tasks; yields the number of files of each finished shard."""
     import ray
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    quiet_data_context()
     settings = features.model_dump(mode="json")
 
     def extract(row: dict) -> dict:

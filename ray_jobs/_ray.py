@@ -3,6 +3,10 @@
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.data import DataContext
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,7 +20,6 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the jobs print their own progress
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -24,7 +27,7 @@ def connect() -> None:
         return
     # Ray may create a token file for a local, loopback-only cluster that a later `ray job submit` would then lack.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    # through the environment rather than a runtime_env, which would make Ray start other workers than those it has ready
+    # by the environment: with a runtime_env Ray would start other workers than those it has ready
     os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(
         address="local",
@@ -32,3 +35,14 @@ def connect() -> None:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+
+
+def quiet_data_context() -> "DataContext":
+    """Ray Data's settings in this driver, with its own logging and bars off: the jobs print their own progress."""
+    from ray.data import DataContext  # sets the level of its logger when it is imported
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return context

@@ -81,6 +81,7 @@ def test_train_and_embed_as_submitted_jobs(head: dict[str, str], tmp_path: Path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     encoder = tmp_path / "runs" / "submitted" / "encoder"
     assert (encoder / "model.safetensors").exists()
+    assert "decoding: " in done.stdout and "Execution plan" not in done.stdout  # our progress, not Ray Data's log
 
     embed = ["ray_jobs/embed_corpus.py", "--encoder", str(encoder), "--corpus", str(corpus), "--per-file"]
     done = _submit(head, *embed, "--out", str(tmp_path / "embeddings"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from embed_cluster import DEADLINE_S, EmbedCluster, embed_cluster, embed_here, wait_until
 from faulty_s3 import FAULTS, FaultyS3, every
+from s3fs import S3FileSystem
 
 from audiomae.corpus.synthetic import generate
 from audiomae.model.audiomae import AudioMAEConfig
@@ -24,6 +25,7 @@ def proxy(s3_server: str) -> Iterator[FaultyS3]:
     server = FaultyS3(s3_server, every(9))
     yield server
     server.close()
+    S3FileSystem.clear_instance_cache()  # those made meanwhile would ask the closed server, in whatever test comes next
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from s3fs import S3FileSystem
+
 FAULTS = ("500", "503", "dropped", "cut")
 """Server error, slow-down, no answer at all, an answer whose body breaks off half-way."""
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -39,6 +41,7 @@ class FaultyS3:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        S3FileSystem.clear_instance_cache()  # clients made meanwhile would go on asking this server
 
     def _next_fault(self, method: str, path: str) -> str | None:
         with self._lock:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from embed_cluster import DEADLINE_S, EmbedCluster, embed_cluster, embed_here, wait_until
-from faulty_s3 import FAULTS, FaultyS3, every
-from s3fs import S3FileSystem
+from faulty_s3 import FAULTS, FaultyS3, every, faulty_s3
 
 from audiomae.corpus.synthetic import generate
 from audiomae.model.audiomae import AudioMAEConfig
@@ -22,10 +21,8 @@ FLAGS = ["--window-s", "2", "--shard-minutes", "0.3"]
 @pytest.fixture(scope="module")
 def proxy(s3_server: str) -> Iterator[FaultyS3]:
     """A bad day: every ninth request fails, in four ways by turns, whatever it was."""
-    server = FaultyS3(s3_server, every(9))
-    yield server
-    server.close()
-    S3FileSystem.clear_instance_cache()  # those made meanwhile would ask the closed server, in whatever test comes next
+    with faulty_s3(s3_server, every(9)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,9 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from audiomae.config import ConfigError
-from audiomae.storage import IntegrityError
+from audiomae.errors import AudioMAEError, ConfigError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-
-
-class UserError(Exception):
-    """Something the user can fix (a missing corpus, a mismatch): printed without a traceback, exit status 1."""
 
 
 def job_parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -36,12 +31,10 @@ def run_job(main: Callable[[], int | None]) -> NoReturn:
     """Run a job's `main` and exit with 0 (done), 1 (failed) or 2 (bad usage or config)."""
     try:
         sys.exit(main() or EXIT_OK)
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
-    except (UserError, IntegrityError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+    except AudioMAEError as error:
+        kind = "config error" if isinstance(error, ConfigError) else "error"
+        print(f"{kind}: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)

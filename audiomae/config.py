@@ -12,9 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. Jobs print its text and exit with status 2."""
+from audiomae.errors import ConfigError
 
 
 class StrictConfig(BaseModel):

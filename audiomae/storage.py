@@ -18,6 +18,8 @@ from typing import Any
 
 from upath import UPath
 
+from audiomae.errors import IntegrityError
+
 S3_OPTIONS: dict[str, Any] = {
     "config_kwargs": {
         "retries": {"max_attempts": 8, "mode": "standard"},
@@ -30,10 +32,6 @@ CHUNK_BYTES = 1 << 20
 
 
 Location = str | os.PathLike[str] | UPath
-
-
-class IntegrityError(RuntimeError):
-    """Stored bytes are not what their receipt says. The text gives what, got, expected and the fix."""
 
 
 def to_path(uri: Location) -> UPath:

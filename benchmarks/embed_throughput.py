@@ -36,14 +36,15 @@ import torch
 from _official import embed_sound, use_official_attention
 from torch.utils.data import DataLoader, Dataset
 
+from audiomae.artifacts.embeddings import EmbedSettings
 from audiomae.config import build_config
 from audiomae.corpus.manifest import list_corpus
 from audiomae.corpus.synthetic import generate
-from audiomae.embedding.decoding import Clip, ItemError, decode_item
+from audiomae.embedding.decoding import Clip, decode_item
 from audiomae.embedding.embedder import BatchEncoder
+from audiomae.errors import ItemError
 from audiomae.model.audiomae import AudioMAE
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search.shards import EmbedSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW_S = 5.0

@@ -34,12 +34,13 @@ from torch import Generator, Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
+from audiomae.artifacts.features import Segment, read_clips, write_shard
 from audiomae.config import build_config
 from audiomae.model.audiomae import mae_loss
 from audiomae.model.encoder import AudioEncoder
 from audiomae.model.masking import random_masking
 from audiomae.training.augment import augment
-from audiomae.training.data import Batch, Segment, read_clips, write_shard
+from audiomae.training.data import Batch
 from audiomae.training.items import build_items
 from audiomae.training.loop import Meter, TrainLoop, build_encoder, training_window, uses_bfloat16
 from audiomae.training.losses import info_nce

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audiomae.cli import Progress, UserError
+from audiomae.artifacts.features import cache_key, pending_shards, read_clips, write_shard
+from audiomae.cli import Progress
 from audiomae.corpus.manifest import list_corpus
+from audiomae.errors import UserError
 from audiomae.model.features import FeatureConfig
 from audiomae.storage import to_path, write_json
-from audiomae.training.data import cache_key, pending_shards, read_clips, write_shard
 from audiomae.training.extract import Extractor, cache_recipe
 from audiomae.training.items import matches
 from audiomae.training.recipe import DataConfig

@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audiomae.cli import Progress, UserError, job_parser, run_job
+from audiomae.cli import Progress, job_parser, run_job
 from audiomae.config import build_config, nearest
 from audiomae.corpus.sources import is_s3, join
+from audiomae.errors import UserError
 from audiomae.storage import read_json, sha256_bytes, sha256_file, to_path, write_bytes
 from audiomae.training.recipe import TrainConfig
-from ray_jobs._ablation_rows import Row, Unit, config_trees, load_rows, plan_units, selected
 from ray_jobs._ray import connect
+from ray_jobs.ablate.rows import Row, Unit, config_trees, load_rows, plan_units, selected
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 EXAMPLE = "python ray_jobs/ablation.py --corpus esc10.csv --out runs/ablation --seeds 0 1 2 --results docs/results.md"
@@ -113,7 +114,7 @@ def _corpus_hash(root: str, listing: pa.Table, label: str, fold_column: str) -> 
 
 def _finished(out: str, unit: Unit) -> bool:
     """Whether the unit's result is there, made from the very same configs and corpus."""
-    from ray_jobs._ablation_unit import encoder_dir, result_path
+    from ray_jobs.ablate.unit import encoder_dir, result_path
 
     path = result_path(out, unit.as_dict())
     if not path.exists() or read_json(path)["key"] != unit.key:
@@ -168,7 +169,7 @@ def _submitted(
     """One task per unit; a unit that needs its parent's weights waits for the parent's task."""
     import ray
 
-    from ray_jobs._ablation_unit import run_unit, sample_rate_of
+    from ray_jobs.ablate.unit import run_unit, sample_rate_of
 
     gpus = args.gpus_per_run
     if gpus is None:
@@ -197,7 +198,7 @@ def _decoded(root: str, listing: pa.Table, todo: Sequence[Unit]) -> tuple[pa.Tab
     """The rows that can be decoded, and references to their audio by sample rate."""
     import ray
 
-    from ray_jobs._ablation_unit import decode_files, sample_rate_of
+    from ray_jobs.ablate.unit import decode_files, sample_rate_of
 
     rates = sorted({sample_rate_of(unit.as_dict()) for unit in todo})
     task = ray.remote(num_cpus=1, num_returns=2)(decode_files)
@@ -280,7 +281,7 @@ class _Table:
 
     def _results(self) -> Iterator[Any]:
         from audiomae.evaluation.ablation import RowResults
-        from ray_jobs._ablation_unit import result_path
+        from ray_jobs.ablate.unit import result_path
 
         out = str(to_path(self.args.out))
         for name, row in self.rows.items():

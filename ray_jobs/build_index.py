@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from audiomae import storage
-from audiomae.cli import Progress, UserError, job_parser, run_job
+from audiomae.artifacts import releases as release
+from audiomae.artifacts.embeddings import EmbeddingSet
+from audiomae.artifacts.releases import Release
+from audiomae.cli import Progress, job_parser, run_job
 from audiomae.config import load_config
-from audiomae.evaluation import recall
-from audiomae.search import build, release
+from audiomae.errors import IntegrityError, UserError
+from audiomae.search import build
 from audiomae.search import index as ann
+from audiomae.search import tuning as recall
 from audiomae.search.build_plan import BuildConfig, Plan, make_plan
-from audiomae.search.release import Release
-from audiomae.search.shards import EmbeddingSet
-from audiomae.storage import IntegrityError
 from ray_jobs._ray import connect
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 
 from audiomae import storage
-from audiomae.cli import UserError, run_job
+from audiomae.cli import run_job
 from audiomae.corpus.manifest import list_corpus, open_source
+from audiomae.errors import UserError
 
 ATTEMPTS = 6
 HITS_SHOWN = 3

@@ -12,19 +12,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from audiomae.cli import UserError, job_parser, run_job
+from audiomae.artifacts.embeddings import EmbeddingSet, EmbedSettings, collect_garbage, map_ahead, read_receipts
+from audiomae.cli import job_parser, run_job
 from audiomae.config import StrictConfig, load_config
 from audiomae.corpus.manifest import Corpus, list_corpus
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.plan import Plan, load_plan, new_plan, normalise_listing, read_items
 from audiomae.embedding.update import copy_shard, difference, updated_plan
+from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search.shards import EmbeddingSet, EmbedSettings, collect_garbage, map_ahead, read_receipts
 from audiomae.storage import to_path, write_json
-from ray_jobs._embed_estimate import estimate
-from ray_jobs._embed_summary import failure_counts, final_line, summarise
-from ray_jobs._embedding import choose_topology, cluster_size, probe_durations, run_passes
 from ray_jobs._ray import connect
+from ray_jobs.embed.estimate import estimate
+from ray_jobs.embed.execution import choose_topology, cluster_size, probe_durations, run_passes
+from ray_jobs.embed.summary import failure_counts, final_line, summarise
 
 ENCODER_KINDS = ("official:", "timm:local-dir:")
 EXAMPLE = (

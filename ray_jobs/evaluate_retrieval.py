@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from audiomae.cli import Progress, UserError, job_parser, run_job
-from audiomae.config import ConfigError, load_config
+from audiomae.artifacts.embeddings import EmbeddingSet
+from audiomae.cli import Progress, job_parser, run_job
+from audiomae.config import load_config
+from audiomae.errors import ColumnError, ConfigError, UserError
 from audiomae.evaluation.baselines import BASELINES, RANDOM, centred, corpus_vectors
-from audiomae.evaluation.rows import ColumnError, LabelledRows, read_rows
+from audiomae.evaluation.rows import LabelledRows, read_rows
 from audiomae.evaluation.runs import ProtocolConfig, RunResult, compare_runs, evaluate_rows
-from audiomae.search.shards import EmbeddingSet
 from audiomae.storage import read_json, sha256_bytes, to_path, write_bytes, write_json
 from ray_jobs._ray import connect
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from audiomae.artifacts.embeddings import EmbeddingSet
 from audiomae.cli import job_parser, run_job
-from audiomae.config import ConfigError, StrictConfig, build_config, load_config
+from audiomae.config import StrictConfig, build_config, load_config
+from audiomae.errors import ConfigError
 from audiomae.search.build_plan import BuildConfig
-from audiomae.search.shards import EmbeddingSet
 from audiomae.storage import to_path, write_bytes, write_json
 from audiomae.training.recipe import TrainConfig
 from ray_jobs import build_index, embed_corpus, evaluate_retrieval, train

@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from audiomae.cli import Progress, UserError, job_parser, run_job
-from audiomae.config import ConfigError, build_config, dump_config, load_config
+from audiomae.artifacts.features import localise
+from audiomae.cli import Progress, job_parser, run_job
+from audiomae.config import build_config, dump_config, load_config
+from audiomae.errors import ConfigError, UserError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.storage import copy_tree, is_local, read_bytes, read_json, to_path, write_bytes, write_json
-from audiomae.training.data import localise
 from audiomae.training.items import build_items
 from audiomae.training.recipe import TrainConfig
 from ray_jobs._feature_cache import build_cache, list_files

@@ -16,10 +16,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from audiomae import storage
-from audiomae.cli import UserError
-from audiomae.config import ConfigError, build_config
-from audiomae.search import release as releases
-from audiomae.storage import IntegrityError
+from audiomae.artifacts import releases as releases
+from audiomae.config import build_config
+from audiomae.errors import ConfigError, IntegrityError, UserError
 from serve import media
 from serve.metrics import ApiMetrics
 from serve.routes import create_app

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from audiomae.corpus.decode import DecodeError, DecodeLimits, Window, iter_windows
+from audiomae.corpus.decode import DecodeLimits, Window, iter_windows
+from audiomae.errors import DecodeError
 from serve.problems import Problem
 from serve.schema import ServeArgs
 

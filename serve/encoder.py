@@ -12,8 +12,8 @@ import torch
 from ray import serve
 
 from audiomae import storage
+from audiomae.artifacts import releases as releases
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search import release as releases
 from serve.records import EncoderInfo
 from serve.schema import ServeArgs
 from serve.versions import VersionCache, mismatch

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from audiomae.search import release as releases
+from audiomae.artifacts import releases as releases
 from audiomae.search.index import AudioIndex, Hits
 from serve.records import IndexInfo, Ranked, plain
 from serve.schema import ServeArgs

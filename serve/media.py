@@ -12,8 +12,9 @@ import numpy as np
 import soundfile
 from starlette.responses import FileResponse, Response, StreamingResponse
 
-from audiomae.corpus.decode import DecodeError, decode, probe
+from audiomae.corpus.decode import decode, probe
 from audiomae.corpus.manifest import open_source
+from audiomae.errors import DecodeError
 from serve.audio import decode_problem
 from serve.problems import Problem
 

@@ -12,10 +12,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from audiomae.cli import UserError
 from audiomae.corpus.decode import Window
-from audiomae.search.items import FilterError
-from audiomae.storage import IntegrityError
+from audiomae.errors import FilterError, IntegrityError, UserError
 from serve import audio
 from serve.problems import Problem
 from serve.records import EncoderInfo, IndexInfo, Ranked

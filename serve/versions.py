@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 
 from ray.experimental import internal_kv
 
-from audiomae.search import release as releases
-from audiomae.storage import IntegrityError
+from audiomae.artifacts import releases as releases
+from audiomae.errors import IntegrityError
 
 T = TypeVar("T")
 

@@ -108,12 +108,12 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
     import pyarrow as pa
     import torch
 
+    from audiomae.artifacts.embeddings import EmbedSettings
     from audiomae.corpus.manifest import list_corpus
     from audiomae.embedding.decoding import EmbedJob
     from audiomae.embedding.plan import new_plan, normalise_listing
     from audiomae.embedding.stages import FusedStage
     from audiomae.model.encoder import AudioEncoder
-    from audiomae.search.shards import EmbedSettings
     from audiomae.storage import write_json
 
     model, listed = AudioEncoder.load(encoder), list_corpus(str(corpus))

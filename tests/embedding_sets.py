@@ -8,11 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from audiomae import storage
-from audiomae.corpus.manifest import clip_id
-from audiomae.search import build, release
-from audiomae.search.build_plan import BuildConfig, make_plan
-from audiomae.search.release import Release
-from audiomae.search.shards import (
+from audiomae.artifacts import releases as release
+from audiomae.artifacts.embeddings import (
     FAILURE_SCHEMA,
     EmbeddingSet,
     EmbedSettings,
@@ -20,6 +17,10 @@ from audiomae.search.shards import (
     embedding_schema,
     vectors_to_column,
 )
+from audiomae.artifacts.releases import Release
+from audiomae.corpus.manifest import clip_id
+from audiomae.search import build
+from audiomae.search.build_plan import BuildConfig, make_plan
 
 if TYPE_CHECKING:
     from audiomae.model.encoder import AudioEncoder

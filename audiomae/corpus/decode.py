@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import soxr
 
-from audiomae.corpus.errors import DecodeError
 from audiomae.corpus.opening import DEFAULT_LIMITS, DecodeLimits, GuardedReader, opened
 from audiomae.corpus.readers import AudioInfo
+from audiomae.errors import DecodeError
 
 __all__ = ["AudioInfo", "DecodeError", "DecodeLimits", "Window", "decode", "iter_windows", "probe"]
 

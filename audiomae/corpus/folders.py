@@ -12,8 +12,8 @@ import botocore.exceptions  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audiomae.cli import UserError
 from audiomae.corpus.sources import is_s3, join, local_path, name_to_uri, s3_client, split_s3
+from audiomae.errors import UserError
 
 TABLE_ROWS = 8192
 S3_PAGE_KEYS = 1000

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from audiomae.cli import UserError
 from audiomae.corpus.folders import TABLE_ROWS, entry_of
 from audiomae.corpus.sources import is_s3
+from audiomae.errors import UserError
 from audiomae.storage import to_path
 
 RESERVED = ("id", "start_s", "end_s", "embedding")

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from audiomae.cli import UserError
 from audiomae.corpus import folders, listings, webdataset
 from audiomae.corpus.sources import is_s3, local_path, open_source
+from audiomae.errors import UserError
 
 __all__ = ["Corpus", "clip_id", "list_corpus", "open_source"]
 

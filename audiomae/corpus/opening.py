@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from audiomae.config import StrictConfig
-from audiomae.corpus.errors import DecodeError
 from audiomae.corpus.readers import (
     AudioInfo,
     AvReader,
@@ -30,6 +29,7 @@ from audiomae.corpus.readers import (
     missing_data,
 )
 from audiomae.corpus.sources import open_source
+from audiomae.errors import DecodeError
 
 MAX_AMPLITUDE = 1e6
 

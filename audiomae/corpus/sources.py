@@ -16,7 +16,7 @@ import botocore.exceptions  # type: ignore[import-untyped]
 import botocore.session  # type: ignore[import-untyped]
 import urllib3.exceptions
 
-from audiomae.corpus.errors import DecodeError
+from audiomae.errors import DecodeError
 
 WHOLE_BYTES = 16 << 20  # objects up to this size are read in one go, larger ones through ranged reads
 RANGE_BYTES = 4 << 20

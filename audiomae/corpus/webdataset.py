@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from audiomae.corpus.errors import DecodeError
 from audiomae.corpus.folders import TABLE_ROWS, Entry, may_be_audio
 from audiomae.corpus.listings import RESERVED, UniqueUris, rows_to_table, uniform
 from audiomae.corpus.sources import join, read_range, tar_members
+from audiomae.errors import DecodeError
 
 SIDECARS = (".json", ".cls", ".txt")
 SIDECAR_BYTES = 1 << 20

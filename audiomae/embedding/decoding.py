@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from audiomae.artifacts.embeddings import EmbedSettings
 from audiomae.config import StrictConfig
-from audiomae.corpus.decode import DecodeError, iter_windows
+from audiomae.corpus.decode import iter_windows
 from audiomae.corpus.manifest import open_source
-from audiomae.search.shards import EmbedSettings
+from audiomae.errors import DecodeError, ItemError
 
 MEMORY_LIMIT_BYTES = 8 << 30
 BLOCK = 64
@@ -47,14 +48,6 @@ class Clip(NamedTuple):
 
 Item = dict[str, Any]
 Decode = Callable[[Item], Iterator[Clip]]
-
-
-class ItemError(Exception):
-    """Why an item gave no embedding, in the words of its failure row. `passing`: another try may succeed."""
-
-    def __init__(self, stage: str, error_class: str, message: str, passing: bool = False) -> None:
-        super().__init__(stage, error_class, message, passing)
-        self.stage, self.error_class, self.message, self.passing = stage, error_class, message, passing
 
 
 def decode_item(item: Item, root: str, settings: EmbedSettings) -> Iterator[Clip]:

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from audiomae.artifacts.embeddings import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
 from audiomae.embedding.decoding import BLOCK, Clip, Decode, Item, consume_item, failure_row
 from audiomae.embedding.plan import extra_columns
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search.shards import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
 
 MAX_PADDING = 0.05
 BUFFER_SAMPLES = 16 << 20  # 64 MB of float32: about 17 minutes at 16 kHz

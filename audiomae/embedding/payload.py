@@ -15,18 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from audiomae.embedding.decoding import (
-    BLOCK,
-    Clip,
-    Decode,
-    EmbedJob,
-    IsolatedDecoder,
-    Item,
-    ItemError,
-    consume_item,
-    decoder_of,
-)
+from audiomae.embedding.decoding import BLOCK, Clip, Decode, EmbedJob, IsolatedDecoder, Item, consume_item, decoder_of
 from audiomae.embedding.plan import ShardEntry, read_shard_items
+from audiomae.errors import ItemError
 
 MAX_SAMPLES = 32 << 20  # 64 MB of int16: about 35 minutes at 16 kHz
 FULL_SCALE = 32767

@@ -17,24 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from audiomae.cli import UserError
+from audiomae.artifacts.embeddings import RESERVED_COLUMNS, EmbedSettings, new_attempt, read_latest_plan
 from audiomae.config import StrictConfig
-from audiomae.search.shards import (
-    RESERVED_COLUMNS,
-    EmbedSettings,
-    new_attempt,
-    read_latest_plan,
-)
-from audiomae.storage import (
-    IntegrityError,
-    encode_json,
-    put_if_absent,
-    read_bytes,
-    read_json,
-    sha256_bytes,
-    to_path,
-    write_bytes,
-)
+from audiomae.errors import IntegrityError, UserError
+from audiomae.storage import encode_json, put_if_absent, read_bytes, read_json, sha256_bytes, to_path, write_bytes
 
 OWN_COLUMNS = ("uri", "size", "content_id", "segment_start_s", "segment_end_s", "shard")
 SHARDS_PER_FILE = 64

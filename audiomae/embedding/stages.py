@@ -13,13 +13,13 @@ from functools import partial
 import pyarrow as pa
 import torch
 
+from audiomae.artifacts.embeddings import commit_shard, is_committed
 from audiomae.embedding.decoding import EmbedJob, Item, decoder_of
 from audiomae.embedding.embedder import BatchEncoder, ShardResult, embed_shard
 from audiomae.embedding.payload import Payload
 from audiomae.embedding.plan import ShardEntry, read_shard_items
+from audiomae.errors import IntegrityError
 from audiomae.model.encoder import AudioEncoder
-from audiomae.search.shards import commit_shard, is_committed
-from audiomae.storage import IntegrityError
 
 REPORT_SCHEMA = pa.schema(
     [

@@ -14,6 +14,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
+from audiomae.artifacts.embeddings import (
+    Receipt,
+    commit_shard,
+    embedding_schema,
+    new_attempt,
+    read_failures,
+    read_receipts,
+    read_shard,
+    write_table,
+)
 from audiomae.config import StrictConfig
 from audiomae.embedding.plan import (
     Plan,
@@ -27,17 +37,8 @@ from audiomae.embedding.plan import (
     read_items,
     read_shard_items,
 )
-from audiomae.search.shards import (
-    Receipt,
-    commit_shard,
-    embedding_schema,
-    new_attempt,
-    read_failures,
-    read_receipts,
-    read_shard,
-    write_table,
-)
-from audiomae.storage import IntegrityError, read_bytes, to_path
+from audiomae.errors import IntegrityError
+from audiomae.storage import read_bytes, to_path
 
 
 class Difference(StrictConfig):

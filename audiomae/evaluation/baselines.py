@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from audiomae.config import build_config
-from audiomae.corpus.decode import DecodeError, decode
+from audiomae.corpus.decode import decode
 from audiomae.corpus.manifest import open_source
+from audiomae.errors import DecodeError
 
 SAMPLE_RATE = 16000
 MAX_SPAN_S = 30.0  # of a longer span the first 30 s stand for it, so that a baseline never decodes a whole day

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import soundfile as sf
 from jinja2 import Environment
 
-from audiomae.corpus.decode import DecodeError, decode
+from audiomae.corpus.decode import decode
 from audiomae.corpus.manifest import open_source
+from audiomae.errors import DecodeError
 from audiomae.evaluation import plots
 from audiomae.evaluation.runs import RunResult
 

@@ -10,14 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from audiomae.artifacts.embeddings import RESERVED_COLUMNS, EmbeddingSet, column_to_vectors
 from audiomae.config import nearest
-from audiomae.search.shards import RESERVED_COLUMNS, EmbeddingSet, column_to_vectors
+from audiomae.errors import ColumnError
 
 Level = Literal["clip", "window"]
-
-
-class ColumnError(ValueError):
-    """A column that the embeddings do not have, or that holds nothing to evaluate by."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pydantic import Field
 
 from audiomae.config import StrictConfig
 from audiomae.evaluation.compare import bootstrap_mean, holm, paired_test
-from audiomae.evaluation.metrics import QueryScores, mean_values, score_protocol, summarise
 from audiomae.evaluation.rows import LabelledRows, Level, shared_rows
+from audiomae.metrics import QueryScores, mean_values, score_protocol, summarise
 
 TESTED = ("AP", "R@1")
 
@@ -68,7 +68,7 @@ class RunResult:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Means overall and per class, see :func:`audiomae.evaluation.metrics.retrieval_metrics`."""
+        """Means overall and per class, see :func:`audiomae.metrics.retrieval_metrics`."""
         return summarise(self.scores)
 
     @cached_property

@@ -22,7 +22,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from upath import UPath
 
-from audiomae.config import ConfigError, build_config
+from audiomae.config import build_config
+from audiomae.errors import ConfigError, IntegrityError
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, EncoderOutput
 from audiomae.model.chunking import encode_long
 from audiomae.model.devices import pick_device, pick_dtype
@@ -39,7 +40,7 @@ from audiomae.model.features import LogMel
 from audiomae.model.pooling import Pooling, PoolingName
 from audiomae.model.text import TextTower
 from audiomae.model.vit import SpectrogramViT, SpectrogramViTConfig
-from audiomae.storage import IntegrityError, read_json, to_path, write_bytes, write_json
+from audiomae.storage import read_json, to_path, write_bytes, write_json
 
 DECODER = "backbone.decoder."
 Clip = str | PathLike[str] | np.ndarray | Tensor

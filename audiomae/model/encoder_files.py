@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from upath import UPath
 
+from audiomae.errors import IntegrityError
 from audiomae.model.text import TextConfig, TextTower
-from audiomae.storage import IntegrityError, copy_tree, fetch_dir, is_local, read_bytes
+from audiomae.storage import copy_tree, fetch_dir, is_local, read_bytes
 
 CONFIG_FILE, WEIGHTS_FILE, TEXT_SUBDIR = "config.json", "model.safetensors", "text"
 

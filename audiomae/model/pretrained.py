@@ -15,7 +15,8 @@ import timm
 import torch
 from torch import Tensor
 
-from audiomae.config import ConfigError, build_config
+from audiomae.config import build_config
+from audiomae.errors import ConfigError
 from audiomae.model.audiomae import SIZES, AudioMAE, AudioMAEConfig, flat_positions, grid_positions
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.model.features import FeatureConfig

@@ -26,14 +26,13 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from audiomae import storage
-from audiomae.cli import UserError
+from audiomae.artifacts.embeddings import Receipt, column_to_vectors, read_shard
+from audiomae.artifacts.releases import fetch, resolve
+from audiomae.errors import IntegrityError, UserError
 from audiomae.search import index as ann
 from audiomae.search.build_plan import Part, Plan, Slice
 from audiomae.search.items import Items, ItemsWriter
-from audiomae.search.release import fetch, resolve
-from audiomae.search.shards import Receipt, column_to_vectors, read_shard
 from audiomae.search.spec import IndexSpec
-from audiomae.storage import IntegrityError
 
 ROWS_FILE, RECEIPT_FILE, ITEMS_FILE, PART_INDEX_FILE = "vectors.npy", "receipt.json", "items.parquet", "index.faiss"
 HELD_OUT = 64  # one id in so many is never trained on: the queries that recall is measured with

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from audiomae import storage
-from audiomae.cli import UserError
+from audiomae.artifacts.embeddings import EmbeddingSet, Receipt, map_ahead
+from audiomae.artifacts.releases import Release, fetch
 from audiomae.config import StrictConfig
+from audiomae.errors import UserError
 from audiomae.search import index as ann
 from audiomae.search.items import Items
-from audiomae.search.release import Release, fetch
-from audiomae.search.shards import EmbeddingSet, Receipt, map_ahead
 from audiomae.search.spec import FLAT_MAX_ROWS, IndexSpec, choose
 
 

@@ -23,11 +23,12 @@ from typing import Any
 import faiss
 import numpy as np
 
-from audiomae.search import release as releases
-from audiomae.search.items import FilterError, Items
+from audiomae.artifacts import releases as releases
+from audiomae.errors import FilterError, IntegrityError
+from audiomae.search.items import Items
 from audiomae.search.spec import IndexSpec
 from audiomae.search.spec import choose as choose
-from audiomae.storage import IntegrityError, Location, read_json
+from audiomae.storage import Location, read_json
 
 VECTORS_FILE, INDEX_FILE, TRAINED_FILE = "vectors.faiss", "index.faiss", "trained.faiss"
 IDS_FILE, DELETED_FILE, BLOCKED_FILE = "ids.npy", "deleted.npy", "blocked_ids.npy"

@@ -14,13 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from audiomae.config import nearest
+from audiomae.errors import FilterError
 
 BATCH_ROWS = 65_536
 _COMPARE = {"gt": pc.greater, "gte": pc.greater_equal, "lt": pc.less, "lte": pc.less_equal}
-
-
-class FilterError(ValueError):
-    """A filter that does not fit the items table; the text names the column or operator and the nearest valid one."""
 
 
 class ItemsWriter:

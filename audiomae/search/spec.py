@@ -3,8 +3,8 @@
 import math
 from typing import Literal
 
-from audiomae.cli import UserError
 from audiomae.config import StrictConfig
+from audiomae.errors import UserError
 
 FLAT_MAX_ROWS = 20_000  # up to here an exact scan takes about a millisecond
 

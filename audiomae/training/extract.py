@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from audiomae.artifacts.features import Segment
 from audiomae.corpus.decode import iter_windows
 from audiomae.corpus.sources import open_source
 from audiomae.model.features import FeatureConfig, LogMel
-from audiomae.training.data import Segment
 
 
 def plain_features(config: FeatureConfig) -> FeatureConfig:

@@ -8,7 +8,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audiomae.config import ConfigError, nearest
+from audiomae.config import nearest
+from audiomae.errors import ConfigError
 from audiomae.training.losses import UNLABELLED
 from audiomae.training.recipe import DataConfig, Where
 

@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from audiomae.config import ConfigError
+from audiomae.artifacts.features import FeatureStore
+from audiomae.errors import ConfigError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.training import schedule
 from audiomae.training.augment import augment
-from audiomae.training.data import Batch, FeatureStore, Loader, Sampler
+from audiomae.training.data import Batch, Loader, Sampler
 from audiomae.training.distributed import rank, world_size
 from audiomae.training.items import numbered
 from audiomae.training.objectives import ClipTargets, Objective, Replay

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
-from audiomae.config import ConfigError, StrictConfig
+from audiomae.config import StrictConfig
+from audiomae.errors import ConfigError
 from audiomae.model.audiomae import AudioMAE, EncoderOutput, mae_loss
 from audiomae.model.encoder import AudioEncoder
 from audiomae.model.masking import Masking, MaskMode, random_masking

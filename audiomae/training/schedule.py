@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from audiomae.config import ConfigError, StrictConfig
+from audiomae.config import StrictConfig
+from audiomae.errors import ConfigError
 
 LayerOf = Callable[[str], int]
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from audiomae.evaluation.metrics import retrieval_metrics
+from audiomae.artifacts.features import FeatureStore
+from audiomae.metrics import retrieval_metrics
 from audiomae.model.encoder import AudioEncoder
 from audiomae.training.augment import AugmentConfig, augment
-from audiomae.training.data import FeatureStore
 from audiomae.training.diagnostics import collapse_gauges
 from audiomae.training.distributed import gather, rank, world_size
 from audiomae.training.losses import UNLABELLED

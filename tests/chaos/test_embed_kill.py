@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from embed_cluster import DEADLINE_S, EmbedCluster, a_moment, commits, embed_cluster, embed_here, wait_until
 
+from audiomae.artifacts.embeddings import EmbeddingSet, column_to_vectors
 from audiomae.corpus.synthetic import generate
 from audiomae.embedding.plan import load_plan
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search.shards import EmbeddingSet, column_to_vectors
 from audiomae.storage import read_json
 
 pytestmark = pytest.mark.timeout(2400)  # minutes on a busy machine

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 
+from audiomae.artifacts import releases as releases
 from audiomae.corpus.manifest import clip_id
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.model.text import TextConfig
 from audiomae.search import index as faiss_index
-from audiomae.search import release as releases
 from audiomae.search.items import ItemsWriter
 
 RATE = 16_000

@@ -9,8 +9,7 @@ import pytest
 import soundfile as sf
 import yaml
 
-from audiomae.cli import UserError
-from audiomae.config import ConfigError
+from audiomae.errors import ConfigError, UserError
 from ray_jobs.ablation import main
 
 RATE = 16000

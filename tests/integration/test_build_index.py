@@ -12,11 +12,9 @@ import pytest
 from embedding_sets import clusters, make_set, tiny_encoder
 
 from audiomae import AudioEncoder, AudioIndex, storage
-from audiomae.cli import UserError
-from audiomae.config import ConfigError
+from audiomae.artifacts import releases as release
 from audiomae.corpus.manifest import clip_id
-from audiomae.search import release
-from audiomae.storage import IntegrityError
+from audiomae.errors import ConfigError, IntegrityError, UserError
 from ray_jobs.build_index import main
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

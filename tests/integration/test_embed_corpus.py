@@ -8,13 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from audiomae.cli import UserError
-from audiomae.config import ConfigError
+from audiomae.artifacts.embeddings import EmbeddingSet, column_to_vectors
 from audiomae.corpus.synthetic import generate
 from audiomae.embedding import plan as planning
+from audiomae.errors import ConfigError, UserError
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search.shards import EmbeddingSet, column_to_vectors
 from audiomae.storage import read_json
 from ray_jobs.embed_corpus import main
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 import soundfile
 
+from audiomae.artifacts.embeddings import EmbeddingSet, EmbedSettings
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.plan import new_plan, normalise_listing
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search.shards import EmbeddingSet, EmbedSettings
 from audiomae.storage import write_json
 
 RATE, DAY_S = 8000, 86_400

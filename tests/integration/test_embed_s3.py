@@ -8,10 +8,10 @@ import pytest
 from embed_cluster import DEADLINE_S, EmbedCluster, embed_cluster, embed_here, wait_until
 from faulty_s3 import FAULTS, FaultyS3, every, faulty_s3
 
+from audiomae.artifacts.embeddings import EmbeddingSet, column_to_vectors
 from audiomae.corpus.synthetic import generate
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.search.shards import EmbeddingSet, column_to_vectors
 from audiomae.storage import copy_tree, read_json, to_path
 
 pytestmark = pytest.mark.timeout(2400)  # minutes on a busy machine

@@ -9,11 +9,10 @@ import pytest
 import soundfile as sf
 
 from audiomae import AudioEncoder
-from audiomae.cli import UserError
-from audiomae.config import ConfigError
-from audiomae.evaluation.metrics import score_protocol, summarise
+from audiomae.artifacts.embeddings import EmbedSettings, commit_shard, embedding_schema, vectors_to_column
+from audiomae.errors import ConfigError, UserError
+from audiomae.metrics import score_protocol, summarise
 from audiomae.model.encoder import EncoderConfig
-from audiomae.search.shards import EmbedSettings, commit_shard, embedding_schema, vectors_to_column
 from audiomae.storage import write_json
 from ray_jobs.evaluate_retrieval import display_names, main
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from audiomae import AudioEncoder, AudioIndex
-from audiomae.config import ConfigError
-from audiomae.search.shards import EmbeddingSet
+from audiomae.artifacts.embeddings import EmbeddingSet
+from audiomae.errors import ConfigError
 from audiomae.storage import read_json
 from ray_jobs import pipeline
 

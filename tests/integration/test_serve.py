@@ -20,8 +20,8 @@ import ray
 import soundfile
 from serving import PATIENCE_S, RATE, as_file, make_corpus, make_encoder, publish_release, running_service, sound
 
+from audiomae.artifacts import releases as releases
 from audiomae.model.text import TextConfig
-from audiomae.search import release as releases
 from audiomae.storage import read_json
 from ray_jobs import demo_queries
 from serve.app import build

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from audiomae.cli import UserError
-from audiomae.config import ConfigError
+from audiomae.errors import ConfigError, UserError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.storage import walk_files
 from audiomae.training.recipe import DataConfig

@@ -1,8 +1,7 @@
 import pytest
 
-from audiomae.cli import Progress, UserError, job_parser, run_job
-from audiomae.config import ConfigError
-from audiomae.storage import IntegrityError
+from audiomae.cli import Progress, job_parser, run_job
+from audiomae.errors import ConfigError, IntegrityError, UserError
 
 
 @pytest.mark.parametrize(

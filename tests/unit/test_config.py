@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from audiomae.config import ConfigError, StrictConfig, dump_config, load_config
+from audiomae.config import StrictConfig, dump_config, load_config
+from audiomae.errors import ConfigError
 
 
 class Inner(StrictConfig):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, ndcg_score
 
-from audiomae.evaluation import metrics
-from audiomae.evaluation.metrics import retrieval_metrics, score_protocol, score_queries, summarise
+from audiomae import metrics
+from audiomae.metrics import retrieval_metrics, score_protocol, score_queries, summarise
 
 
 @pytest.fixture

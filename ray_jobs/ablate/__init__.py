@@ -1,0 +1,1 @@
+"""The rows of an ablation and how one of them is run."""

@@ -1,0 +1,71 @@
+"""What an embedding job says of itself when it is done: counts, rates, which stage held the others up, cost."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from audiomae.artifacts.embeddings import EmbeddingSet, Receipt
+from ray_jobs.embed.execution import Topology
+
+
+def summarise(
+    reports: Sequence[dict[str, Any]],
+    receipts: Iterable[Receipt],
+    skipped: int,
+    topology: Topology | None,
+    elapsed_s: float,
+    price_per_hour: float | None,
+) -> dict[str, Any]:
+    """What the final line and run.json say of this run; rates count from the first file to the last.
+
+    Args:
+        reports: of the shards' stages; a worker killed after its commit leaves none.
+        receipts: of the shards this run committed.
+        skipped: files embedded before this run.
+    """
+    receipts = list(receipts)
+    inputs, clips = sum(receipt.inputs for receipt in receipts), sum(receipt.rows for receipt in receipts)
+    audio_s = sum(receipt.audio_s for receipt in receipts)
+    summary: dict[str, Any] = {"inputs": inputs, "clips": clips, "audio_s": audio_s, "skipped": skipped}
+    summary["elapsed_s"] = round(elapsed_s, 3)
+    done = [report for report in reports if report["status"] == "committed"]
+    if not done or topology is None:
+        return summary
+    wall_s = max(report["ended"] for report in done) - min(report["began"] for report in done)
+    stages = stage_shares(done, topology, wall_s)
+    summary |= {"wall_s": wall_s, "clips_per_s": clips / wall_s, "x_real_time": audio_s / wall_s}
+    summary |= {"topology": topology.describe(), "stages": stages, "bottleneck": max(stages, key=stages.__getitem__)}
+    if price_per_hour is not None and audio_s:
+        summary["cost_per_1000_audio_hours"] = price_per_hour * elapsed_s / audio_s * 1000
+    return summary
+
+
+def stage_shares(reports: Sequence[dict[str, Any]], topology: Topology, wall_s: float) -> dict[str, float]:
+    """How busy each stage's workers were, 0 to 1: the busiest holds the others up."""
+    slots = {"decode": topology.decoders or topology.encoders, "encode": topology.encoders, "write": topology.encoders}
+    return {
+        stage: round(sum(report[f"{stage}_s"] for report in reports) / (count * wall_s), 3)
+        for stage, count in slots.items()
+    }
+
+
+def final_line(summary: dict[str, Any], failed: int) -> str:
+    """Clips, audio hours, speed, failures, skipped, bottleneck, cost."""
+    if "wall_s" not in summary:
+        return f"nothing to do: {summary['skipped']:,} files were embedded before, {failed:,} of them failed"
+    parts = [
+        f"{summary['clips']:,} clips, {summary['audio_s'] / 3600:,.2f} audio hours in {summary['wall_s']:,.1f} s",
+        f"{summary['clips_per_s']:,.1f} clips/s, {summary['x_real_time']:,.0f}x real time",
+        f"{failed:,} failed, {summary['skipped']:,} skipped",
+        f"bottleneck {summary['bottleneck']} ("
+        + ", ".join(f"{name} {share:.0%}" for name, share in summary["stages"].items())
+        + " busy)",
+    ]
+    if "cost_per_1000_audio_hours" in summary:
+        parts.append(f"{summary['cost_per_1000_audio_hours']:,.2f} per 1,000 audio hours")
+    return "; ".join(parts)
+
+
+def failure_counts(embeddings: EmbeddingSet) -> list[tuple[str, int]]:
+    """Error classes of all failures, most frequent first."""
+    counts = embeddings.failures().group_by("error_class").aggregate([("uri", "count")]).to_pylist()
+    return sorted(((row["error_class"], row["uri_count"]) for row in counts), key=lambda pair: -pair[1])

@@ -1,0 +1,206 @@
+"""Publishing a version once, finding it, rolling back, cleaning up; on a local disk and on S3."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from audiomae import storage
+from audiomae.artifacts import releases as release
+from audiomae.artifacts.releases import Release
+from audiomae.errors import IntegrityError, ReleaseConflictError, UserError
+
+
+def stage(tmp_path: Path, text: str = "bytes") -> Path:
+    """Finished files, waiting to be published."""
+    staging = tmp_path / "staging"
+    (staging / "encoder").mkdir(parents=True, exist_ok=True)
+    (staging / "index.faiss").write_text(text)
+    (staging / "encoder" / "config.json").write_text("{}")
+    return staging
+
+
+def publish(index_dir: str | Path, tmp_path: Path, parent: Release | None = None, text: str = "bytes") -> Release:
+    return release.publish(index_dir, stage(tmp_path, text), {"fingerprint": "abc", "rows": 3}, parent)
+
+
+@pytest.fixture(params=["local", "s3"])
+def index_dir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An INDEX that does not exist yet."""
+    monkeypatch.setenv("AUDIOMAE_CACHE", str(tmp_path / "cache"))
+    if request.param == "local":
+        return str(tmp_path / "index")
+    return request.getfixturevalue("s3_bucket") + "/index"
+
+
+def test_publish_resolve_verify_fetch(index_dir: str, tmp_path: Path) -> None:
+    assert release.resolve_or_none(index_dir) is None
+    first = publish(index_dir, tmp_path)
+    second = publish(index_dir, tmp_path, first, "more bytes")
+    assert (first.version, second.version) == ("v000001", "v000002")
+    assert storage.read_bytes(f"{index_dir}/LATEST") == b"v000002\n"
+    assert release.resolve(index_dir) == second
+    assert release.resolve(index_dir, "v000001") == first
+    assert second.info["parent"] == "v000001" and second.fingerprint == "abc"
+    release.verify(second)
+    local = release.fetch(second)
+    assert (Path(str(local.path)) / "index.faiss").read_text() == "more bytes"
+    assert storage.is_local(local.path)
+
+
+def test_a_release_directory_can_be_opened_by_itself(tmp_path: Path) -> None:
+    made = publish(tmp_path / "index", tmp_path)
+    storage.copy_tree(made.path, tmp_path / "elsewhere" / made.version)
+    alone = release.resolve(tmp_path / "elsewhere" / made.version)
+    assert alone.info == made.info
+    release.verify(alone)
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no index release at .*build_index.py --out"):
+        release.resolve(tmp_path / "nothing")
+    publish(tmp_path / "index", tmp_path)
+    with pytest.raises(UserError, match=r"no version 'v00001'.*did you mean 'v000001'"):
+        release.resolve(tmp_path / "index", "v00001")
+
+
+def test_a_damaged_or_missing_file_is_named(index_dir: str, tmp_path: Path) -> None:
+    made = publish(index_dir, tmp_path)
+    storage.write_bytes(made.path / "index.faiss", b"bytez")
+    with pytest.raises(IntegrityError, match=r"index.faiss: corrupted: got SHA-256 \w+, expected \w+; roll back"):
+        release.fetch(made)
+    (made.path / "index.faiss").unlink()
+    with pytest.raises(IntegrityError, match=r"index.faiss: missing, expected SHA-256"):
+        release.verify(made)
+
+
+def test_a_changed_release_file_is_noticed(tmp_path: Path) -> None:
+    made = publish(tmp_path / "index", tmp_path)
+    path = Path(str(made.path)) / release.RELEASE_FILE
+    path.write_text(path.read_text().replace('"abc"', '"abd"'))
+    with pytest.raises(IntegrityError, match=r"release.json: corrupted"):
+        release.verify(release.resolve(tmp_path / "index"))
+    path.write_text(json.dumps(dict(made.info) | {"format": 7}))
+    with pytest.raises(IntegrityError, match="release format 7, expected 1"):
+        release.resolve(tmp_path / "index")
+
+
+def test_the_second_of_two_builds_on_one_base_publishes_nothing(index_dir: str, tmp_path: Path) -> None:
+    base = publish(index_dir, tmp_path)
+    winner = publish(index_dir, tmp_path, base)
+    with pytest.raises(ReleaseConflictError, match="run the same command again"):
+        publish(index_dir, tmp_path, base)
+    with pytest.raises(ReleaseConflictError):
+        publish(index_dir, tmp_path, None)
+    assert release.resolve(index_dir) == winner
+    versions = {path.name for path in storage.to_path(index_dir).iterdir() if path.name.startswith("v")}
+    assert versions == {"v000001", "v000002"}
+
+
+def test_a_number_whose_owner_is_just_leaving_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = publish(tmp_path / "index", tmp_path)
+    link = os.link
+
+    def leave_first(temporary: Path, path: str) -> None:
+        if path.endswith("v000002/CLAIM"):
+            release._remove(storage.to_path(path).parent)
+        link(temporary, path)
+
+    monkeypatch.setattr(os, "link", leave_first)
+    assert publish(tmp_path / "index", tmp_path, base).version == "v000003"
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["LATEST", "history", "v000001", "v000003"]
+
+
+def test_of_many_builds_at_once_exactly_one_wins(index_dir: str, tmp_path: Path) -> None:
+    base = publish(index_dir, tmp_path)
+    won: list[str] = []
+    lost: list[ReleaseConflictError] = []
+    barrier = threading.Barrier(6)
+
+    def race(number: int) -> None:
+        staging = stage(tmp_path / str(number), f"from {number}")
+        barrier.wait()
+        try:
+            won.append(release.publish(index_dir, staging, {"fingerprint": "abc", "rows": number}, base).version)
+        except ReleaseConflictError as error:
+            lost.append(error)
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and len(lost) == 5
+    latest = release.resolve(index_dir)
+    assert latest.version == won[0]
+    release.verify(latest)
+    assert storage.read_bytes(latest.path / "index.faiss") == f"from {latest.info['rows']}".encode()
+
+
+def test_rollback_then_publish_goes_on_from_there(index_dir: str, tmp_path: Path) -> None:
+    first = publish(index_dir, tmp_path)
+    publish(index_dir, tmp_path, first)
+    back = release.rollback(index_dir)
+    assert back.version == "v000001" and release.resolve(index_dir) == back
+    assert storage.read_bytes(f"{index_dir}/LATEST") == b"v000001\n"
+    with pytest.raises(UserError, match="no earlier version"):
+        release.rollback(index_dir)
+    third = publish(index_dir, tmp_path, back)
+    assert third.version == "v000003" and release.resolve(index_dir) == third
+    assert release.rollback(index_dir, "v000002").version == "v000002"
+
+
+def test_rollback_refuses_a_damaged_version(tmp_path: Path) -> None:
+    first = publish(tmp_path / "index", tmp_path)
+    second = publish(tmp_path / "index", tmp_path, first)
+    storage.write_bytes(first.path / "index.faiss", b"bytez")
+    with pytest.raises(IntegrityError, match="corrupted"):
+        release.rollback(tmp_path / "index")
+    assert release.resolve(tmp_path / "index") == second
+
+
+def test_gc_keeps_what_is_in_force_and_what_is_being_built(index_dir: str, tmp_path: Path) -> None:
+    root = storage.to_path(index_dir)
+    made = publish(index_dir, tmp_path)
+    for _ in range(3):
+        made = publish(index_dir, tmp_path, made)
+    claim = {"by": "someone", "time": time.time()}
+    storage.write_json(root / "v000008" / "CLAIM", claim)
+    storage.write_json(root / "v000009" / "CLAIM", claim | {"time": 0.0})
+    assert release.gc(index_dir, keep=2) == ["v000001", "v000002", "v000009"]
+    assert release.gc(index_dir, keep=2) == []
+    assert release.resolve(index_dir).version == "v000004"
+    with pytest.raises(UserError, match="was removed"):
+        release.resolve(index_dir, "v000001")
+    release.rollback(index_dir)
+    assert release.gc(index_dir, keep=1) == ["v000004"]
+
+
+def test_a_copy_in_the_cache_is_fetched_once_and_again_when_damaged(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUDIOMAE_CACHE", str(tmp_path / "cache"))
+    made = publish(f"{s3_bucket}/index", tmp_path)
+    first = release.fetch(made)
+    file = Path(str(first.path)) / "index.faiss"
+    before = file.stat().st_ino
+    assert release.fetch(made).path == first.path and file.stat().st_ino == before
+    file.write_text("bytez")
+    assert release.fetch(made).path == first.path
+    assert file.read_text() == "bytes"
+    assert [p.name for p in (tmp_path / "cache" / "releases").iterdir()] == [Path(str(first.path)).name]
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = str(tmp_path / "index")
+    publish(index, tmp_path, publish(index, tmp_path))
+    assert release.main(["verify", index]) == 0
+    assert release.main(["rollback", index]) == 0
+    assert release.main(["list", index]) == 0
+    assert release.main(["gc", index, "--keep", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "v000002: 2 files match" in text and "in force: v000001" in text and "removed: v000002" in text
+    assert [line.split()[1] for line in text.splitlines() if "by" in line] == ["publish", "publish", "rollback"]

@@ -1,0 +1,158 @@
+"""What a build has to do: shards known by checksum, rows replaced, vanished, deleted, clashing; when to start over."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from embedding_sets import clusters, make_release, make_set
+
+from audiomae.artifacts import releases as release
+from audiomae.artifacts.embeddings import EmbeddingSet
+from audiomae.corpus.manifest import clip_id
+from audiomae.errors import UserError
+from audiomae.search.build_plan import BuildConfig, Plan, make_plan
+from audiomae.search.index import AudioIndex
+
+DIM = 16
+NONE = np.zeros(0, dtype=np.int64)
+
+
+def names(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}{number}.wav" for number in range(count)]
+
+
+def ids(uris: list[str]) -> np.ndarray:
+    return np.array([clip_id(uri, 0.0, 0.0) for uri in uris])
+
+
+def plan(index: Path, sets: list[EmbeddingSet], delete: np.ndarray = NONE, **settings: object) -> Plan | None:
+    return make_plan(sets, release.resolve_or_none(index), delete, BuildConfig(**settings))  # type: ignore[arg-type]
+
+
+def indexed(index: Path) -> set[str]:
+    """The uris that can be found."""
+    opened = AudioIndex.open(index)
+    hits = opened.search(np.ones(DIM), k=len(opened))
+    return {item["uri"] for item in hits.items[0]}
+
+
+def test_parts_are_about_equal_and_cover_every_row_once(tmp_path: Path) -> None:
+    embeddings = make_set(tmp_path / "a", clusters(100, DIM), shards=3)
+    for count, limit in ((2, 1000), (7, 1000), (2, 9)):
+        work = plan(tmp_path / "index", [embeddings], min_parts=count, rows_per_part=limit)
+        assert work is not None and work.num_new == 100
+        sizes = [part.num_rows for part in work.parts]
+        assert len(sizes) == max(count, -(-100 // limit)) and max(sizes) - min(sizes) <= 1
+        spans = [(s.shard, row) for part in work.parts for s in part.slices for row in range(s.start, s.stop)]
+        assert len(set(spans)) == 100
+        assert len({part.key for part in work.parts}) == len(sizes)
+
+
+def test_a_known_shard_is_not_indexed_again_wherever_it_lies(tmp_path: Path) -> None:
+    first = make_set(tmp_path / "a", clusters(50, DIM))
+    make_release(tmp_path / "index", [first])
+    assert plan(tmp_path / "index", [first]) is None
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert plan(tmp_path / "index", [EmbeddingSet.open(tmp_path / "moved")]) is None
+    second = make_set(tmp_path / "b", clusters(20, DIM, seed=1), names=names("b", 20))
+    work = plan(tmp_path / "index", [EmbeddingSet.open(tmp_path / "moved"), second])
+    assert work is not None and work.base is not None and work.num_new == 20
+    assert len(work.corpora) == 2
+
+
+def test_a_set_given_twice_counts_once(tmp_path: Path) -> None:
+    embeddings = make_set(tmp_path / "a", clusters(50, DIM))
+    work = plan(tmp_path / "index", [embeddings, embeddings])
+    assert work is not None and work.num_new == 50 and len(work.corpora) == 1
+
+
+def test_the_later_of_two_sets_of_one_corpus_wins(tmp_path: Path) -> None:
+    old = make_set(tmp_path / "old", clusters(30, DIM), names=names("x", 30), columns={"take": [1] * 30})
+    new = make_set(tmp_path / "new", clusters(10, DIM, seed=1), names=names("x", 10), columns={"take": [2] * 10})
+    make_release(tmp_path / "index", [old, new])
+    index = AudioIndex.open(tmp_path / "index")
+    assert len(index) == 30
+    assert [index.item(int(i))["take"] for i in ids(names("x", 12))] == [2] * 10 + [1] * 2
+
+
+def test_an_updated_set_replaces_adds_and_forgets(tmp_path: Path) -> None:
+    vectors = clusters(200, DIM)
+    make_release(tmp_path / "index", [make_set(tmp_path / "a", vectors, shards=10)], compact_share=0.5)
+    # an update: shard 0 was rewritten without two files, a new shard has three more
+    uris = [f"{i:06d}.wav" for i in range(20)]
+    kept = [uri for uri in uris if uri not in ("000003.wav", "000007.wav")] + names("new", 3)
+    kept_shards = [f"000000-{number:06d}" for number in range(1, 10)]
+    both = make_set(tmp_path / "a", clusters(21, DIM, seed=2), names=kept, shards=2, generation=1, kept=kept_shards)
+    make_release(tmp_path / "index", [both], compact_share=0.5)
+    found = indexed(tmp_path / "index")
+    assert len(found) == 201 and {"new0.wav", "000002.wav", "000199.wav"} <= found
+    assert not {"000003.wav", "000007.wav"} & found
+    np.testing.assert_allclose(
+        AudioIndex.open(tmp_path / "index").vector(int(ids(["000002.wav"])[0])), clusters(21, DIM, seed=2)[2], atol=1e-3
+    )
+    assert plan(tmp_path / "index", [both], compact_share=0.5) is None
+
+
+def test_one_id_in_two_corpora_is_refused(tmp_path: Path) -> None:
+    one = make_set(tmp_path / "a", clusters(10, DIM), root="/monday")
+    other = make_set(tmp_path / "b", clusters(10, DIM, seed=1), root="/tuesday")
+    with pytest.raises(UserError, match=r"10 ids are in two corpora .*/monday.*/tuesday.*common parent folder"):
+        plan(tmp_path / "index", [one, other])
+
+
+def test_deleted_ids_stay_deleted_when_embedded_again(tmp_path: Path) -> None:
+    first = make_set(tmp_path / "a", clusters(100, DIM), names=names("x", 100))
+    make_release(tmp_path / "index", [first])
+    victims = ids(names("x", 3))
+    make_release(tmp_path / "index", [first], delete=victims.tolist())
+    assert indexed(tmp_path / "index") == set(names("x", 100)) - set(names("x", 3))
+    assert plan(tmp_path / "index", [first], delete=victims) is None
+    again = make_set(tmp_path / "b", clusters(10, DIM, seed=1), names=names("x", 10))
+    make_release(tmp_path / "index", [again], compact_share=0.01)
+    assert indexed(tmp_path / "index") == set(names("x", 100)) - set(names("x", 3))
+
+
+def test_many_deletions_compact(tmp_path: Path) -> None:
+    first = make_set(tmp_path / "a", clusters(100, DIM), names=names("x", 100))
+    make_release(tmp_path / "index", [first])
+    work = plan(tmp_path / "index", [], ids(names("x", 9)))
+    assert work is not None and work.base is not None and len(work.deleted) == 9
+    work = plan(tmp_path / "index", [], ids(names("x", 11)))
+    assert work is not None and work.base is None and work.num_new == 89
+    assert work.reason == "rebuilds v000001: 11% of its rows are deleted"
+    made = make_release(tmp_path / "index", [], delete=ids(names("x", 11)).tolist())
+    assert made is not None and (Path(str(made.path)) / "vectors.faiss").stat().st_size < 89 * DIM * 2 + 200
+    assert indexed(tmp_path / "index") == set(names("x", 100)) - set(names("x", 11))
+    assert plan(tmp_path / "index", [first]) is None
+
+
+def test_growth_and_less_memory_rebuild_with_another_index(tmp_path: Path) -> None:
+    make_release(tmp_path / "index", [make_set(tmp_path / "a", clusters(1000, DIM))], flat_max_rows=1500)
+    more = make_set(tmp_path / "b", clusters(1000, DIM, seed=1), names=names("b", 1000))
+    work = plan(tmp_path / "index", [more], flat_max_rows=1500)
+    assert work is not None and work.base is None and work.num_new == 2000
+    assert work.reason == "rebuilds v000001: IVF32,SQfp16 suits this size and memory, not a scan"
+    made = make_release(tmp_path / "index", [more], flat_max_rows=1500)
+    assert made is not None and made.info["spec"]["factory"] == "IVF32,SQfp16"
+    work = plan(tmp_path / "index", [more], flat_max_rows=1500, memory_gib=5e-5)
+    assert work is not None and work.spec.factory == "IVF32,SQ8" and work.base is None
+
+
+def test_columns_of_all_sets_are_joined(tmp_path: Path) -> None:
+    one = make_set(tmp_path / "a", clusters(5, DIM), columns={"label": list("abcde"), "corpus": [9] * 5})
+    two = make_set(tmp_path / "b", clusters(5, DIM, seed=1), names=names("b", 5), columns={"take": [1.5] * 5})
+    make_release(tmp_path / "index", [one, two])
+    index = AudioIndex.open(tmp_path / "index")
+    item = index.item(int(ids(["b1.wav"])[0]))
+    assert (item["label"], item["take"], item["corpus"], item["manifest_corpus"]) == (None, 1.5, 1, None)
+    clash = make_set(tmp_path / "c", clusters(5, DIM, seed=2), names=names("c", 5), columns={"take": ["x"] * 5})
+    with pytest.raises(UserError, match="disagree about a manifest column"):
+        make_release(tmp_path / "index", [clash])
+
+
+def test_nothing_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name at least one --embeddings"):
+        plan(tmp_path / "index", [])
+    empty = make_set(tmp_path / "a", np.zeros((0, DIM), np.float32), names=[], shards=1)
+    with pytest.raises(UserError, match="hold no rows"):
+        plan(tmp_path / "index", [empty])

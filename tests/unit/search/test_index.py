@@ -1,0 +1,242 @@
+"""The index: its choice, parts against one piece, search with filters and deletions, damaged and foreign files."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from embedding_sets import clusters, make_release, make_set
+
+from audiomae import storage
+from audiomae.artifacts import releases as release
+from audiomae.errors import FilterError, IntegrityError, UserError
+from audiomae.search import index as ann
+from audiomae.search.index import AudioIndex
+from audiomae.search.spec import IndexSpec
+
+DIM, ROWS = 32, 3000
+VECTORS = clusters(ROWS, DIM)
+LABELS = [f"class{row % 7}" for row in range(ROWS)]
+KINDS = {"flat": {}, "ivf": {"flat_max_rows": 100}}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AudioIndex:
+    """3,000 clips, once searched exhaustively and once through an inverted file."""
+    folder = tmp_path_factory.mktemp(request.param)
+    columns = {"label": LABELS, "take": list(range(ROWS)), "snr": [row / ROWS for row in range(ROWS)]}
+    embeddings = make_set(folder / "embeddings", VECTORS, columns=columns)
+    make_release(folder / "index", [embeddings], **KINDS[request.param])
+    return AudioIndex.open(folder / "index")
+
+
+def exact(queries: np.ndarray, allowed: np.ndarray, k: int) -> np.ndarray:
+    """Rows by brute force, int64[Q, k]."""
+    scores = queries @ VECTORS.T
+    scores[:, ~allowed] = -np.inf
+    return np.argsort(-scores, axis=1)[:, :k]
+
+
+@pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,SQ8", "IVF16,SQ4"])
+def test_merged_parts_equal_the_index_built_in_one_piece(tmp_path: Path, factory: str) -> None:
+    rows = ann.to_rows(VECTORS)
+    ann.train(IndexSpec(kind="ivf", factory=factory, nlist=16), rows[::3], tmp_path / "trained")
+    edges = [0, 1, 700, 700, 2999, ROWS]
+    for number, (low, high) in enumerate(itertools.pairwise(edges)):
+        ann.build_part(tmp_path / "trained", rows[low:high], tmp_path / f"part{number}")
+    ann.build_part(tmp_path / "trained", rows, tmp_path / "whole")
+    count = ann.merge([tmp_path / f"part{number}" for number in range(len(edges) - 1)], tmp_path / "merged")
+    assert count == ROWS
+    assert storage.sha256_file(tmp_path / "merged") == storage.sha256_file(tmp_path / "whole")
+
+
+def test_parts_trained_apart_are_not_merged(tmp_path: Path) -> None:
+    rows = ann.to_rows(VECTORS)
+    for name, nlist in (("one", 16), ("two", 8)):
+        ann.train(IndexSpec(kind="ivf", factory=f"IVF{nlist},SQfp16", nlist=nlist), rows, tmp_path / name)
+    with pytest.raises(IntegrityError, match="not built from the trained index"):
+        ann.merge([tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
+
+
+def test_number_of_parts_does_not_change_the_release(tmp_path: Path) -> None:
+    embeddings = make_set(tmp_path / "embeddings", VECTORS, shards=5)
+    sums = []
+    for parts in (1, 2, 7):
+        made = make_release(tmp_path / f"index{parts}", [embeddings], min_parts=parts, flat_max_rows=100)
+        assert made is not None
+        sums.append(made.info["checksums"])
+    assert sums[0] == sums[1] == sums[2]
+
+
+def test_rows_are_unit_float16_and_bad_vectors_are_named() -> None:
+    rows = ann.to_rows(VECTORS * 7)
+    assert rows.dtype == np.float16
+    np.testing.assert_allclose(np.linalg.norm(rows.astype(np.float32), axis=1), 1, atol=1e-3)
+    bad = VECTORS[:5].copy()
+    bad[3, 0] = np.nan
+    with pytest.raises(IntegrityError, match=r"shard 7: the vector in row 3 has length nan"):
+        ann.to_rows(bad, "shard 7")
+
+
+def test_row_store_gives_back_what_was_written(tmp_path: Path) -> None:
+    rows = ann.to_rows(VECTORS)
+    assert ann.write_row_store(iter([rows[:1000], rows[1000:]]), DIM, tmp_path / ann.VECTORS_FILE) == ROWS
+    np.testing.assert_array_equal(ann.read_rows(tmp_path, 990, 1010), rows[990:1010])
+
+
+def test_search_agrees_with_brute_force(index: AudioIndex) -> None:
+    queries = clusters(50, DIM, seed=1)
+    hits = index.search(queries, k=10)
+    expected = exact(queries, np.ones(ROWS, bool), 10)
+    found = np.array([[item["take"] for item in items] for items in hits.items])
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, expected, strict=True)]) > 0.95
+    np.testing.assert_allclose(hits.scores, np.einsum("qd,qnd->qn", queries, VECTORS[found]), atol=1e-3)
+    assert (np.diff(hits.scores, axis=1) <= 0).all()
+    assert hits.ids.dtype == np.int64 and hits.scores.dtype == np.float32
+    assert [[item["id"] for item in items] for items in hits.items] == hits.ids.tolist()
+
+
+def test_a_query_of_any_length_finds_itself_with_score_one(index: AudioIndex) -> None:
+    hits = index.search(VECTORS[5] * 40, k=1)
+    assert hits.items[0][0]["uri"] == "000005.wav"
+    assert hits.scores[0, 0] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("where", "allowed"),
+    [
+        ({"label": "class3"}, lambda row: row % 7 == 3),
+        (
+            {"label": {"in": ["class1", "class2"]}, "take": {"gte": 100, "lt": 900}},
+            lambda r: r % 7 in (1, 2) and 100 <= r < 900,
+        ),
+        ({"snr": {"gt": 0.5}, "take": {"lte": 2000}}, lambda row: 1500 < row <= 2000),
+        ({"take": {"in": [5, 6]}}, lambda row: row in (5, 6)),
+        ({"label": "nobody"}, lambda row: False),
+    ],
+    ids=["equal", "in and range", "two ranges", "two rows", "none"],
+)
+def test_filters_leave_only_what_matches(
+    index: AudioIndex, where: dict[str, object], allowed: Callable[[int], bool]
+) -> None:
+    mask = np.array([allowed(row) for row in range(ROWS)])
+    queries = clusters(20, DIM, seed=2)
+    hits = index.search(queries, k=5, filter=where)
+    expected = exact(queries, mask, 5)[:, : min(5, mask.sum())]
+    found = [[item["take"] for item in items] for items in hits.items]
+    assert found == expected.tolist()
+    if mask.sum() < 5:
+        assert (hits.ids[:, mask.sum() :] == -1).all() and np.isneginf(hits.scores[:, mask.sum() :]).all()
+
+
+def test_filter_with_many_matches_goes_through_the_index(index: AudioIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ann, "EXACT_MAX_MATCHES", 10)
+    queries = clusters(20, DIM, seed=3)
+    for where, mask in (({"take": {"lt": 1500}}, np.arange(ROWS) < 1500), ({"take": {"lt": 60}}, np.arange(ROWS) < 60)):
+        found = index.search(queries, k=10, filter=where)
+        expected = exact(queries, mask, 10)
+        rows = [[item["take"] for item in items] for items in found.items]
+        assert all(mask[row].all() for row in rows)
+        assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows, expected, strict=True)]) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"lable": "x"}, "unknown filter column 'lable'; did you mean 'label'"),
+        ({"take": {"gtee": 3}}, "unknown operator 'gtee'; did you mean 'gte'"),
+        ({"take": {"lt": "many"}}, "type int64"),
+        ({"take": {"in": 3}}, "'in' needs a list, got 3"),
+        ({"take": object()}, "only text, numbers"),
+        (["label"], "a filter is an object"),
+    ],
+)
+def test_bad_filters_say_what_fits(index: AudioIndex, where: object, message: str) -> None:
+    with pytest.raises(FilterError, match=message):
+        index.search(VECTORS[0], filter=where)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "k", "message"),
+    [
+        (np.ones((1, DIM + 1)), 1, r"expected \[Q, 32\]"),
+        (np.ones((2, 2, DIM)), 1, r"expected \[Q, 32\]"),
+        (np.full((1, DIM), np.nan), 1, "NaN"),
+        (np.zeros((1, DIM)), 1, "zero"),
+        (np.ones((1, DIM)), 0, "k=0"),
+    ],
+)
+def test_bad_queries_are_refused(index: AudioIndex, vectors: np.ndarray, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        index.search(vectors, k)
+
+
+def test_no_query_and_more_than_there_is(index: AudioIndex) -> None:
+    assert index.search(np.empty((0, DIM)), k=3).ids.shape == (0, 3)
+    hits = index.search(VECTORS[:1], k=ROWS + 5)
+    assert len(set(hits.ids[0, :ROWS])) == ROWS and (hits.ids[0, ROWS:] == -1).all()
+
+
+def test_items_and_vectors_by_id(index: AudioIndex) -> None:
+    hits = index.search(VECTORS[77], k=1)
+    clip = int(hits.ids[0, 0])
+    assert index.item(clip)["uri"] == "000077.wav"
+    np.testing.assert_allclose(index.vector(clip), VECTORS[77], atol=1e-3)
+    assert index.corpus_root(index.item(clip)) == "/corpus"
+    with pytest.raises(KeyError, match="no clip with id 12345"):
+        index.vector(12345)
+
+
+def test_more_like_this_leaves_itself_out(index: AudioIndex) -> None:
+    clip = int(index.search(VECTORS[77], k=1).ids[0, 0])
+    hits = index.search_id(clip, k=5, filter={"label": "class0"})
+    assert hits.ids.shape == (1, 5) and clip not in hits.ids
+    expected = [row for row in exact(VECTORS[77:78], np.arange(ROWS) % 7 == 0, 6)[0] if row != 77][:5]
+    assert [item["take"] for item in hits.items[0]] == expected
+
+
+def test_deleted_clips_are_not_found(tmp_path: Path) -> None:
+    for kind, settings in KINDS.items():
+        embeddings = make_set(tmp_path / f"{kind}-embeddings", VECTORS)
+        make_release(tmp_path / kind, [embeddings], **settings)
+        victims = AudioIndex.open(tmp_path / kind).search(VECTORS[0], k=20).ids[0].tolist()
+        make_release(tmp_path / kind, [embeddings], delete=victims, **settings)
+        index = AudioIndex.open(tmp_path / kind)
+        assert len(index) == ROWS - 20
+        assert not set(index.search(VECTORS[0], k=50).ids[0]) & set(victims)
+        with pytest.raises(KeyError):
+            index.item(victims[0])
+
+
+def test_encoder_of_another_fingerprint_is_refused(index: AudioIndex) -> None:
+    index.check_fingerprint(index.fingerprint)
+    with pytest.raises(IntegrityError, match=r"encoder fingerprint other, expected f{64}; use the encoder in"):
+        AudioIndex.open(index.release.path, fingerprint="other")
+
+
+def test_every_damaged_file_is_caught_before_it_is_parsed(tmp_path: Path) -> None:
+    embeddings = make_set(tmp_path / "embeddings", VECTORS[:300], columns={"label": LABELS[:300]})
+    made = make_release(tmp_path / "index", [embeddings], flat_max_rows=100)
+    assert made is not None
+    for name in [*made.info["checksums"], release.RELEASE_FILE]:
+        path = Path(str(made.path)) / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+        with pytest.raises(IntegrityError, match=r"got SHA-256|not valid JSON|release format"):
+            AudioIndex.open(tmp_path / "index")
+        path.unlink()
+        with pytest.raises((IntegrityError, UserError), match=r"missing, expected SHA-256|was removed"):
+            AudioIndex.open(tmp_path / "index")
+        path.write_bytes(whole)
+    assert len(AudioIndex.open(tmp_path / "index")) == 300
+
+
+def test_a_truncated_index_is_an_integrity_error(tmp_path: Path) -> None:
+    ann.write_row_store(iter([ann.to_rows(VECTORS)]), DIM, tmp_path / "whole")
+    (tmp_path / "half").write_bytes((tmp_path / "whole").read_bytes()[:5000])
+    limit = faiss.get_deserialization_vector_byte_limit()
+    with pytest.raises(IntegrityError, match="build the index again"):
+        ann.read_index(tmp_path / "half")
+    assert limit == faiss.get_deserialization_vector_byte_limit()

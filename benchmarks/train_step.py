@@ -37,12 +37,13 @@ from torch.nn.parallel import DistributedDataParallel
 from audiomae.artifacts.features import Segment, read_clips, write_shard
 from audiomae.config import build_config
 from audiomae.model.audiomae import mae_loss
+from audiomae.model.devices import pick_precision
 from audiomae.model.encoder import AudioEncoder
 from audiomae.model.masking import random_masking
 from audiomae.training.augment import augment
 from audiomae.training.data import Batch
 from audiomae.training.items import build_items
-from audiomae.training.loop import Meter, TrainLoop, build_encoder, training_window, uses_bfloat16
+from audiomae.training.loop import Meter, TrainLoop, build_encoder, training_window
 from audiomae.training.losses import info_nce
 from audiomae.training.recipe import TrainConfig
 
@@ -126,7 +127,7 @@ def _worker(rank: int, args: argparse.Namespace, folder: str) -> None:
     wait = loop.meter.summary()["data_wait_share"]
     ours.close()
     if rank == 0:
-        result = _result(args, wall, cpu, wait, device, uses_bfloat16(config, device))
+        result = _result(args, wall, cpu, wait, device, pick_precision(config.precision, device))
         (Path(folder) / "result.json").write_text(json.dumps(result))
     if args.workers > 1:
         dist.barrier()
@@ -159,7 +160,7 @@ def _result(
     cpu: dict[str, list[float]],
     wait: float,
     device: torch.device,
-    bfloat16: bool,
+    precision: str,
 ) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in wall.items()}
     return {
@@ -168,7 +169,7 @@ def _result(
         "views": 2,
         "workers": args.workers,
         "steps": args.steps,
-        "precision": "bfloat16" if bfloat16 else "float32",
+        "precision": precision,
         "step_s": median["ours"],
         "step_s_bare_ddp": median["bare"],
         "step_s_official_attention": median["official"],
@@ -246,7 +247,8 @@ class _Bare:
         generator = Generator().manual_seed(self.calls)
         views = augment(features.flatten(0, 1).float(), self.window, self.config.augment, generator)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=uses_bfloat16(self.config, self.device)):
+        precision = pick_precision(self.config.precision, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = self.model(views, labels, Generator(self.device).manual_seed(self.calls))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -58,7 +58,7 @@ class EmbedConfig(StrictConfig):
     )
     device: str = Field("auto", description="torch device of the encoders")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the encoder's arithmetic; auto: bfloat16 where the hardware has it"
+        "auto", description="of the encoder's arithmetic; auto: bfloat16 on a GPU that has it, float32 on every CPU"
     )
     vector_dtype: Literal["float32", "float16"] = Field("float32", description="of the stored embeddings")
     shard_minutes: float | None = Field(

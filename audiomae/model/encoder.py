@@ -26,7 +26,7 @@ from audiomae.config import build_config
 from audiomae.errors import ConfigError, IntegrityError
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, EncoderOutput
 from audiomae.model.chunking import encode_long
-from audiomae.model.devices import pick_device, pick_dtype
+from audiomae.model.devices import pick_device, pick_precision
 from audiomae.model.encoder_config import EncoderConfig, ProjectionConfig
 from audiomae.model.encoder_files import (
     CONFIG_FILE,
@@ -84,7 +84,7 @@ class AudioEncoder(nn.Module):
         Args:
             uri: an encoder directory, local or s3://; `official:PATH`; `timm:NAME`; `timm:local-dir:PATH`.
             device: `auto` = CUDA when there is one.
-            dtype: `float32`, `bfloat16` (autocast), or `auto` = bfloat16 where the device computes it natively.
+            dtype: `float32`, `bfloat16` (autocast), or `auto` = bfloat16 on a GPU that has it, float32 on every CPU.
             with_decoder: keep the MAE decoder, for further pretraining; it must have been saved.
 
         Raises:
@@ -99,7 +99,7 @@ class AudioEncoder(nn.Module):
         else:
             encoder = cls._load_dir(text, with_decoder)
         chosen = pick_device(device)
-        encoder.compute_dtype = pick_dtype(dtype, chosen)
+        encoder.compute_dtype = getattr(torch, pick_precision(dtype, chosen))
         known = encoder.fingerprint
         encoder.to(chosen).eval()
         encoder._known_fingerprint = (encoder._stamp(), known)

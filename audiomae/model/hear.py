@@ -15,14 +15,16 @@ from audiomae.model.encoder import AudioEncoder
 
 
 def load_model(model_file_path: str = "", device: str = "auto") -> AudioEncoder:
-    """Load any encoder; the result has `sample_rate`, `scene_embedding_size` and `timestamp_embedding_size`.
+    """Load any encoder, in float32 on every device.
+
+    The result has `sample_rate`, `scene_embedding_size` and `timestamp_embedding_size`.
 
     Raises:
         ValueError: no path was given: the package carries no weights of its own.
     """
     if not model_file_path:
         raise ValueError("load_model: expected an encoder directory, official:PATH or timm:NAME, got an empty path")
-    return AudioEncoder.load(model_file_path, device=device)
+    return AudioEncoder.load(model_file_path, device=device, dtype="float32")
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from audiomae.artifacts.features import FeatureStore
 from audiomae.errors import ConfigError
+from audiomae.model.devices import pick_precision
 from audiomae.model.encoder import AudioEncoder
 from audiomae.training import schedule
 from audiomae.training.augment import augment
@@ -109,6 +110,7 @@ class TrainLoop:
 
     def __init__(self, config: TrainConfig, items: pa.Table, cache: Path, device: torch.device, host: Host) -> None:
         self.config, self.items, self.device, self.host = config, items, device, host
+        self.precision = pick_precision(config.precision, device)
         self.store = FeatureStore(cache, items["shard"], items["first_frame"], items["frames"])
         held_out = np.asarray(items["validation"])
         classes, labels = numbered(items["label"].to_pylist())
@@ -277,7 +279,7 @@ class TrainLoop:
         return self.module.no_sync()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=uses_bfloat16(self.config, self.device))
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def _generator(self, micro_batch: int) -> torch.Generator:
         """The mask generator of a micro-batch; also seeds drop path, so that replays are equal."""
@@ -367,15 +369,6 @@ def encoder_layers(objective: Objective) -> tuple[int, schedule.LayerOf]:
     root = blocks[0].rpartition("blocks.")[0]  # a timm ViT lies one level deeper than an AudioMAE
     prefixes = [root + name for name in ("patch_proj", "patch_embed", "pos_embed", "cls_token")]
     return len(blocks), schedule.layer_names(prefixes, blocks)
-
-
-def uses_bfloat16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the forward runs in bfloat16 autocast on this device."""
-    if config.precision != "auto":
-        return config.precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _is_block(name: str) -> bool:

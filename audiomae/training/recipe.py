@@ -86,7 +86,9 @@ class TrainConfig(StrictConfig):
     grad_cache: bool = Field(
         False, description="with accumulate > 1: losses that compare clips see the whole step's batch"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto = bfloat16 where it is native")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on GPUs that have it, else float32"
+    )
     export: Literal["best", "last"] = Field("best", description="which checkpoint becomes the encoder")
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointingConfig = CheckpointingConfig()

@@ -11,7 +11,10 @@ from audiomae import AudioEncoder
 from audiomae.model.audiomae import mae_loss
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "audiomaepp_small"
-pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"golden files are not at {GOLDEN}")
+pytestmark = [
+    pytest.mark.skipif(not GOLDEN.exists(), reason=f"golden files are not at {GOLDEN}"),
+    pytest.mark.usefixtures("cpu_with_bfloat16"),  # the same figures on a CPU that has it
+]
 TOLERANCE = 1e-4
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from audiomae import AudioEncoder
 from audiomae.errors import ConfigError, IntegrityError
 from audiomae.model.audiomae import AudioMAEConfig
+from audiomae.model.devices import pick_precision
 from audiomae.model.encoder import EncoderConfig, ProjectionConfig
 from audiomae.model.features import FeatureConfig
 from audiomae.model.pooling import POOLINGS
@@ -144,11 +145,14 @@ def test_bfloat16_stays_close_to_float32(tmp_path):
     assert (full * half).sum(1).min() >= 0.9995
 
 
-def test_auto_dtype_follows_the_hardware(tmp_path, monkeypatch):
+@pytest.mark.parametrize("native", [True, False], ids=["native bfloat16", "no bfloat16"])
+def test_auto_is_float32_on_every_cpu(tmp_path, monkeypatch, native):
+    monkeypatch.setattr("audiomae.model.devices.native_bfloat16", lambda device: native)
     make().save(tmp_path)
-    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("audiomae.model.devices.native_bfloat16", lambda device, native=native: native)
-        assert AudioEncoder.load(tmp_path, device="cpu").compute_dtype == expected
+    assert AudioEncoder.load(tmp_path, device="cpu").compute_dtype == torch.float32
+    assert AudioEncoder.load(tmp_path, device="cpu", dtype="bfloat16").compute_dtype == torch.bfloat16
+    assert pick_precision("auto", torch.device("cuda")) == ("bfloat16" if native else "float32")
+    assert pick_precision("float32", torch.device("cuda")) == "float32"
     with pytest.raises(ValueError, match="auto, float32 or bfloat16"):
         AudioEncoder.load(tmp_path, device="cpu", dtype="float8")
 

@@ -7,6 +7,8 @@ import audiomae.model.hear as hear
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig, ProjectionConfig
 
+pytestmark = pytest.mark.usefixtures("cpu_with_bfloat16")  # the same figures on a CPU that has it
+
 BACKBONE = AudioMAEConfig(size="debug")
 
 

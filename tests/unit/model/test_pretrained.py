@@ -18,6 +18,8 @@ from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, flat_positions, gr
 from audiomae.model.encoder import EncoderConfig
 from audiomae.model.pretrained import AUDIOMAE_FEATURES, read_official
 
+pytestmark = pytest.mark.usefixtures("cpu_with_bfloat16")  # the same figures on a CPU that has it
+
 ARGUMENTS = {
     "img_size": [200, 80],
     "patch_size": [4, 16],

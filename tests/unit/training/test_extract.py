@@ -7,10 +7,10 @@ import pytest
 import soundfile
 import torch
 
+from audiomae.artifacts import features
 from audiomae.artifacts.features import FeatureStore
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.model.features import FeatureConfig, LogMel
-from audiomae.training import data
 from audiomae.training.augment import AugmentConfig
 from audiomae.training.extract import Extractor, cache_recipe, plain_features
 from audiomae.training.recipe import ValidationConfig
@@ -60,8 +60,8 @@ def test_validation_embeds_what_the_encoder_embeds(corpus, tmp_path):
     backbone = {"size": "debug", "depth": 1}
     encoder = AudioEncoder.from_config(EncoderConfig(backbone=backbone))
     uris = ["0.wav", "1.wav", "2.wav"]
-    data.write_shard(str(tmp_path / "cache"), 0, uris, Extractor(str(corpus), encoder.config.features, 10.0))
-    clips = data.read_clips(str(tmp_path / "cache"), 1)
+    features.write_shard(str(tmp_path / "cache"), 0, uris, Extractor(str(corpus), encoder.config.features, 10.0))
+    clips = features.read_clips(str(tmp_path / "cache"), 1)
     store = FeatureStore(tmp_path / "cache", clips["shard"], clips["first_frame"], clips["frames"])
     labels = np.array([0, 0, 1])
     held_out = np.array([True, False, True])

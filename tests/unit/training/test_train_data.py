@@ -6,16 +6,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from audiomae.artifacts import features
 from audiomae.artifacts.features import FeatureStore, Segment
 from audiomae.errors import ConfigError, IntegrityError
-from audiomae.training import data, items
+from audiomae.training import items
 from audiomae.training.data import Loader, Sampler
 from audiomae.training.recipe import DataConfig
 
 BANDS = 6
 
 
-def features(uri: str, frames: int) -> np.ndarray:
+def clip_features(uri: str, frames: int) -> np.ndarray:
     return np.random.default_rng(len(uri) * 1000 + frames).normal(size=(frames, BANDS)).astype(np.float32)
 
 
@@ -25,18 +26,18 @@ def extract(uri: str):
     if "nan" in uri:
         return [Segment(0.0, 1.0, np.full((4, BANDS), np.nan, np.float32))]
     lengths = [30, 20] if "long" in uri else [int(uri[-1]) + 1]
-    return [Segment(float(i), float(i + 1), features(uri, n)) for i, n in enumerate(lengths)]
+    return [Segment(float(i), float(i + 1), clip_features(uri, n)) for i, n in enumerate(lengths)]
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    data.write_shard(str(tmp_path), 0, ["a/long0", "a/bad", "b/7"], extract)
-    data.write_shard(str(tmp_path), 1, ["b/nan", "c/3"], extract)
+    features.write_shard(str(tmp_path), 0, ["a/long0", "a/bad", "b/7"], extract)
+    features.write_shard(str(tmp_path), 1, ["b/nan", "c/3"], extract)
     return tmp_path
 
 
 def test_clips_come_back_with_their_features_and_failures_as_rows(cache):
-    clips = data.read_clips(str(cache), 2)
+    clips = features.read_clips(str(cache), 2)
     good = clips.filter(pa.compute.is_null(clips["error"]))
     assert good["uri"].to_pylist() == ["a/long0", "a/long0", "b/7", "c/3"]
     assert good["frames"].to_pylist() == [30, 20, 8, 4] and good["shard"].to_pylist() == [0, 0, 0, 1]
@@ -44,17 +45,17 @@ def test_clips_come_back_with_their_features_and_failures_as_rows(cache):
     for row, (uri, frames) in enumerate([("a/long0", 30), ("a/long0", 20), ("b/7", 8), ("c/3", 4)]):
         out = np.empty((frames, BANDS), np.float16)
         store.read(row, 0, frames, out)
-        np.testing.assert_array_equal(out, features(uri, frames).astype(np.float16))
+        np.testing.assert_array_equal(out, clip_features(uri, frames).astype(np.float16))
     errors = {row["uri"]: row["error"] for row in clips.to_pylist() if row["error"]}
     assert errors == {"a/bad": "ValueError: no audio in it", "b/nan": "ValueError: the features are not finite"}
 
 
 def test_only_shards_with_a_receipt_count(cache):
-    assert data.pending_shards(str(cache), 3) == [2]
+    assert features.pending_shards(str(cache), 3) == [2]
     (cache / "shard-00001.json").unlink()
-    assert data.pending_shards(str(cache), 2) == [1]
+    assert features.pending_shards(str(cache), 2) == [1]
     with pytest.raises(IntegrityError, match="shard-00001 has no receipt"):
-        data.read_clips(str(cache), 2)
+        features.read_clips(str(cache), 2)
 
 
 @pytest.mark.parametrize("name", ["shard-00000.npy", "shard-00000.parquet"])
@@ -62,7 +63,7 @@ def test_a_damaged_shard_is_refused(cache, name):
     path = cache / name
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(IntegrityError, match="do not match their receipt"):
-        data.read_clips(str(cache), 2)
+        features.read_clips(str(cache), 2)
 
 
 def listing(**columns) -> pa.Table:
@@ -73,14 +74,14 @@ def listing(**columns) -> pa.Table:
 
 def test_the_cache_is_named_by_content_and_recipe():
     files = listing(uri=["a", "b"])
-    key = data.cache_key(files, {"clip_s": 10})
-    assert key == data.cache_key(files.take([1, 0]), {"clip_s": 10})
-    assert key != data.cache_key(files, {"clip_s": 5})
-    assert key != data.cache_key(files.set_column(2, "content_id", pa.array(["x", "y"])), {"clip_s": 10})
+    key = features.cache_key(files, {"clip_s": 10})
+    assert key == features.cache_key(files.take([1, 0]), {"clip_s": 10})
+    assert key != features.cache_key(files, {"clip_s": 5})
+    assert key != features.cache_key(files.set_column(2, "content_id", pa.array(["x", "y"])), {"clip_s": 10})
 
 
 def test_a_short_clip_is_repeated(cache):
-    clips = data.read_clips(str(cache), 2)
+    clips = features.read_clips(str(cache), 2)
     good = clips.filter(pa.compute.is_null(clips["error"]))
     store = FeatureStore(cache, good["shard"], good["first_frame"], good["frames"])
     out = np.empty((10, BANDS), np.float16)
@@ -111,7 +112,7 @@ def test_fewer_clips_than_a_batch_are_repeated():
 
 @pytest.fixture
 def loader(cache) -> Loader:
-    clips = data.read_clips(str(cache), 2)
+    clips = features.read_clips(str(cache), 2)
     good = clips.filter(pa.compute.is_null(clips["error"]))
     store = FeatureStore(cache, good["shard"], good["first_frame"], good["frames"])
     return Loader(store, Sampler(np.arange(4), 2, seed=0), frames=10, views=2, rank=0, world_size=1)
@@ -145,7 +146,9 @@ def test_an_error_while_reading_reaches_the_training_thread(loader):
 
 def clips_of(uris: list[str]) -> pa.Table:
     rows = [{"uri": u, "start_s": 0.0, "end_s": 1.0, "first_frame": 10 * i, "frames": 10} for i, u in enumerate(uris)]
-    return pa.Table.from_pylist(rows, data.CLIP_SCHEMA).append_column("shard", pa.array([0] * len(uris), pa.int32()))
+    return pa.Table.from_pylist(rows, features.CLIP_SCHEMA).append_column(
+        "shard", pa.array([0] * len(uris), pa.int32())
+    )
 
 
 URIS = [f"{label}/{i:02d}" for label in ("cat", "dog") for i in range(20)]

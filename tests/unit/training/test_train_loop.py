@@ -9,14 +9,16 @@ import pyarrow as pa
 import pytest
 import torch
 
+from audiomae.artifacts import features
 from audiomae.artifacts.features import Segment
 from audiomae.config import build_config
 from audiomae.errors import ConfigError
 from audiomae.model.encoder import AudioEncoder
-from audiomae.training import data
 from audiomae.training.items import build_items
 from audiomae.training.loop import TrainLoop, build_encoder, encoder_layers
 from audiomae.training.recipe import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("cpu_with_bfloat16")  # the same figures on a CPU that has it
 
 BANDS, CLASSES, CLIPS = 32, 4, 48
 RECIPE = {
@@ -60,9 +62,9 @@ def corpus(tmp_path_factory) -> tuple[Path, pa.Table, pa.Table]:
         frames[:, band : band + 8] += 4
         return [Segment(0.0, 1.0, frames)]
 
-    data.write_shard(str(folder), 0, uris, extract)
+    features.write_shard(str(folder), 0, uris, extract)
     listing = pa.table({"uri": uris, "size": [1] * CLIPS, "content_id": ["x"] * CLIPS, "label": [u[:2] for u in uris]})
-    return folder, data.read_clips(str(folder), 1), listing
+    return folder, features.read_clips(str(folder), 1), listing
 
 
 class Stopped(Exception):
@@ -337,7 +339,7 @@ def test_clap_training_gives_an_encoder_that_finds_sounds_by_text(corpus, tmp_pa
     loop(corpus, Host(tmp_path), config).run()
     loaded = AudioEncoder.load(sorted(tmp_path.glob("checkpoint_*"))[-1] / "encoder", device="cpu")
     folder, clips, _ = corpus
-    store = data.FeatureStore(folder, clips["shard"], clips["first_frame"], clips["frames"])
+    store = features.FeatureStore(folder, clips["shard"], clips["first_frame"], clips["frames"])
     found = 0
     asked = torch.from_numpy(loaded.embed_text([f"band number c{label}" for label in range(CLASSES)]))
     for row in range(CLIPS):

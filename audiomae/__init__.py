@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from audiomae.model.encoder import AudioEncoder
-    from audiomae.search.index import AudioIndex
+    from audiomae.search.audio_index import AudioIndex
 
 __all__ = ["AudioEncoder", "AudioIndex"]
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return AudioEncoder
     if name == "AudioIndex":
-        from audiomae.search.index import AudioIndex
+        from audiomae.search.audio_index import AudioIndex
 
         return AudioIndex
     raise AttributeError(f"module 'audiomae' has no attribute {name!r}; it exports AudioEncoder and AudioIndex")

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from audiomae.artifacts import releases as releases
-from audiomae.search.index import AudioIndex, Hits
+from audiomae.search.audio_index import AudioIndex
+from audiomae.search.hits import Hits
 from serve.records import IndexInfo, Ranked, plain
 from serve.schema import ServeArgs
 from serve.versions import VersionCache

@@ -60,8 +60,8 @@ def check_filter(given: str | dict[str, Any] | None, columns: Sequence[str]) -> 
             raise Problem(422, "bad_filter", f"filter is not JSON ({error}); {FILTER_HINT}") from None
     if not isinstance(given, dict):
         raise Problem(422, "bad_filter", f"filter is a {type(given).__name__}; {FILTER_HINT}")
-    for column in given:
-        if column not in columns:
+    for column, condition in given.items():
+        if column not in columns and not (column == "any" and isinstance(condition, list)):
             raise Problem(422, "unknown_column", f"filter: no column {column!r}{nearest(column, columns)}")
     return given
 

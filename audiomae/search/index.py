@@ -9,12 +9,10 @@ cosine similarity of the stored vectors whatever the index is.
 FAISS ids are row numbers; clip ids lie beside them in `ids.npy`. Deleted rows stay until a rebuild and are masked out.
 """
 
-import functools
-import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +21,9 @@ from typing import Any
 import faiss
 import numpy as np
 
-from audiomae.artifacts import releases as releases
-from audiomae.errors import FilterError, IntegrityError
-from audiomae.search.items import Items
+from audiomae.errors import IntegrityError
 from audiomae.search.spec import IndexSpec
 from audiomae.search.spec import choose as choose
-from audiomae.storage import Location, read_json
 
 VECTORS_FILE, INDEX_FILE, TRAINED_FILE = "vectors.faiss", "index.faiss", "trained.faiss"
 IDS_FILE, DELETED_FILE, BLOCKED_FILE = "ids.npy", "deleted.npy", "blocked_ids.npy"
@@ -149,6 +144,10 @@ class Selection:
         """From bool[N]."""
         return cls(np.packbits(mask, bitorder="little"), int(np.count_nonzero(mask)))
 
+    def mask(self, count: int) -> np.ndarray:
+        """The selection as bool[count]."""
+        return np.unpackbits(self.bits, count=count, bitorder="little").view(bool)
+
 
 class Searcher:
     """Row store plus index: row numbers for vectors. Safe to call from several threads.
@@ -216,179 +215,3 @@ class Searcher:
             scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
             rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
         return scores, rows
-
-
-@dataclass(frozen=True)
-class Hits:
-    """What a search found, best first.
-
-    Attributes:
-        ids: int64[Q, k], -1 where there are fewer than k.
-        scores: float32[Q, k], cosine similarity; -inf beside an id of -1.
-        items: one list per query with the items-table row of every hit (none for padding).
-    """
-
-    ids: np.ndarray
-    scores: np.ndarray
-    items: list[list[dict[str, Any]]]
-
-
-class AudioIndex:
-    """A published index, opened for searching. Safe to call from several threads.
-
-    index = AudioIndex.open("INDEX")
-    hits = index.search(encoder.embed(["rain.wav"]), k=10, filter={"label": "rain"})
-    """
-
-    def __init__(self, release: releases.Release) -> None:
-        self.release = release
-        self._directory = Path(str(release.path))
-        info = release.info
-        self.spec = IndexSpec(**info["spec"])
-        self._searcher = Searcher(self._directory, self.spec)
-        self._ids: np.ndarray = np.load(self._directory / IDS_FILE, mmap_mode="r")
-        self.table = Items(self._directory)
-        deleted = np.load(self._directory / DELETED_FILE)
-        self._live: np.ndarray | None = None
-        if len(deleted):
-            self._live = np.ones(self._searcher.num_rows, dtype=bool)
-            self._live[deleted] = False
-        self._select = functools.lru_cache(maxsize=32)(self._selection)
-
-    @classmethod
-    def open(cls, index_dir: Location, version: str = "latest", fingerprint: str | None = None) -> "AudioIndex":
-        """Open a release after checking every file of it against its checksum.
-
-        Args:
-            index_dir: INDEX, local or s3:// (fetched to a local cache), or one release directory.
-            version: a version name, or "latest".
-            fingerprint: that of the encoder that will make the queries; checked when given.
-
-        Raises:
-            UserError: no such release. IntegrityError: a damaged file, or an encoder that does not belong to it.
-        """
-        index = cls(releases.fetch(releases.resolve(index_dir, version)))
-        index.check_fingerprint(read_json(index.encoder_dir / "config.json")["fingerprint"])
-        if fingerprint is not None:
-            index.check_fingerprint(fingerprint)
-        return index
-
-    @property
-    def version(self) -> str:
-        """The version's name, such as `v000003`."""
-        return self.release.version
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the encoder whose vectors are indexed."""
-        return self.release.fingerprint
-
-    @property
-    def encoder_dir(self) -> Path:
-        """The encoder that belongs to this index: `AudioEncoder.load(index.encoder_dir)`."""
-        return self._directory / "encoder"
-
-    @property
-    def dim(self) -> int:
-        """The length of a vector."""
-        return self._searcher.dim
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the items table, which a filter may name."""
-        return self.table.columns
-
-    def __len__(self) -> int:
-        """How many vectors can be found."""
-        return len(self._ids) if self._live is None else int(np.count_nonzero(self._live))
-
-    def check_fingerprint(self, fingerprint: str) -> None:
-        """Refuse queries of another encoder: their vectors have nothing to do with these."""
-        if fingerprint != self.fingerprint:
-            raise IntegrityError(
-                f"encoder and index {self.version} do not belong together: encoder fingerprint {fingerprint}, "
-                f"expected {self.fingerprint}; use the encoder in {self.encoder_dir}, or embed and index the corpus "
-                "with the new one"
-            )
-
-    def search(self, vectors: np.ndarray, k: int = 10, filter: Mapping[str, Any] | None = None) -> Hits:
-        """The k nearest clips of each vector.
-
-        Args:
-            vectors: float[Q, D] or float[D], from the encoder of this index; any length but zero.
-            k: how many.
-            filter: `{"column": value | {"in": [...]} | {"gte": x, "lt": y}}` over the items table, all ANDed.
-
-        Raises:
-            ValueError: vectors of another dimension, not finite or zero, or k < 1.
-            FilterError: a filter that does not fit the items table.
-        """
-        queries = self._check_queries(vectors, k)
-        scores, rows = self._searcher.search(queries, k, self._selection_for(filter))
-        return self._hits(scores, rows)
-
-    def search_id(self, id: int, k: int = 10, filter: Mapping[str, Any] | None = None) -> Hits:
-        """The k nearest clips of an indexed clip, itself left out (Q = 1).
-
-        Raises:
-            KeyError: no clip has this id.
-        """
-        row = self._row(id)
-        queries = self._check_queries(self._searcher.rows[row], k)
-        scores, rows = self._searcher.search(queries, k + 1, self._selection_for(filter))
-        others = np.argsort(rows[0] == row, kind="stable")[:k]
-        return self._hits(scores[:, others], rows[:, others])
-
-    def item(self, id: int) -> dict[str, Any]:
-        """The items-table row of a clip. Raises KeyError when no clip has this id."""
-        return self.table.rows([self._row(id)])[0]
-
-    def vector(self, id: int) -> np.ndarray:
-        """The stored vector of a clip, float32[D]. Raises KeyError when no clip has this id."""
-        return self._searcher.rows[self._row(id)].astype(np.float32)
-
-    def corpus_root(self, item: Mapping[str, Any]) -> str:
-        """The folder or bucket prefix that the item's `uri` is relative to."""
-        return str(self.release.info["corpora"][item["corpus"]]["root"])
-
-    @functools.cached_property
-    def _by_id(self) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.arange(len(self._ids)) if self._live is None else np.flatnonzero(self._live)
-        rows = rows[np.argsort(self._ids[rows], kind="stable")]
-        return self._ids[rows], rows
-
-    def _row(self, id: int) -> int:
-        ids, rows = self._by_id
-        position = int(np.searchsorted(ids, id))
-        if position == len(ids) or ids[position] != id:
-            raise KeyError(f"no clip with id {id} in index {self.version}")
-        return int(rows[position])
-
-    def _selection_for(self, where: Mapping[str, Any] | None) -> Selection | None:
-        if not where:
-            return None if self._live is None else self._select("{}")
-        try:
-            return self._select(json.dumps(where, sort_keys=True, default=lambda value: value.item()))
-        except (TypeError, AttributeError):
-            raise FilterError(f"a filter holds only text, numbers, booleans and null, got {where!r}") from None
-
-    def _selection(self, where: str) -> Selection:
-        mask = self.table.mask(json.loads(where))
-        return Selection.of(mask if self._live is None else mask & self._live)
-
-    def _check_queries(self, vectors: np.ndarray, k: int) -> np.ndarray:
-        queries = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise ValueError(
-                f"query vectors of shape {np.shape(vectors)}, expected [Q, {self.dim}]: use the encoder of this index"
-            )
-        if k < 1:
-            raise ValueError(f"k={k}, expected at least 1")
-        norms = np.linalg.norm(queries, axis=1, keepdims=True)
-        if not (np.isfinite(norms) & (norms > 1e-12)).all():
-            raise ValueError("a query vector is zero or has NaN or infinity in it; expected a finite direction")
-        return np.ascontiguousarray(queries / norms)
-
-    def _hits(self, scores: np.ndarray, rows: np.ndarray) -> Hits:
-        ids = np.where(rows >= 0, self._ids[rows], -1)
-        return Hits(ids, scores, [self.table.rows(found[found >= 0]) for found in rows])

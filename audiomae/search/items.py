@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from audiomae.config import nearest
 from audiomae.errors import FilterError
+from audiomae.search import filters
 
 BATCH_ROWS = 65_536
-_COMPARE = {"gt": pc.greater, "gte": pc.greater_equal, "lt": pc.less, "lte": pc.less_equal}
 
 
 class ItemsWriter:
@@ -67,6 +66,7 @@ class Items:
         self._source = pa.memory_map(str(directory / "items.arrow"))
         self.table: pa.Table = pa.ipc.open_file(self._source).read_all()
         self._chunks = {name: self.table.column(name).chunks for name in self.table.column_names}
+        self._encoded: dict[str, filters.Column] = {}
         self._batch_rows = len(self.table.column(0).chunk(0)) if len(self) else BATCH_ROWS  # all but the last
 
     @property
@@ -79,53 +79,50 @@ class Items:
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """The rows with these numbers, in the order asked for, as plain dicts."""
-        places = [divmod(int(row), self._batch_rows) for row in rows]
-        # cell by cell: a take over many chunks copies all of them first
-        return [{name: chunks[b][i].as_py() for name, chunks in self._chunks.items()} for b, i in places]
+        wanted = np.asarray(rows, np.int64)
+        order = np.argsort(wanted, kind="stable")
+        batches, places = np.divmod(wanted[order], self._batch_rows)
+        edges = np.flatnonzero(np.diff(batches, prepend=-1))
+        values: dict[str, list[Any]] = {name: [] for name in self._chunks}
+        for start, stop in zip(edges, [*edges[1:], len(order)], strict=False):
+            take = pa.array(places[start:stop])  # batch by batch: a take over many chunks copies all of them first
+            for name, chunks in self._chunks.items():
+                values[name] += chunks[batches[start]].take(take).to_pylist()
+        ranks = np.empty(len(order), np.int64)
+        ranks[order] = np.arange(len(order))
+        return [{name: column[rank] for name, column in values.items()} for rank in ranks]
 
     def mask(self, where: Mapping[str, Any]) -> np.ndarray:
-        """Which rows satisfy every condition of a filter: bool[N].
-
-        Args:
-            where: `{"column": value | {"in": [...]} | {"gt" | "gte" | "lt" | "lte": x, ...}}`, all ANDed. `None` as
-                the value finds rows without one.
+        """Which rows satisfy a filter (`audiomae.search.filters`): bool[N].
 
         Raises:
-            FilterError: unknown column or operator, or a value of another type than the column.
+            FilterError: unknown column or operator, or a value that the column cannot hold.
         """
-        if not isinstance(where, Mapping):
-            raise FilterError(f'a filter is an object like {{"label": "rain"}}, got {type(where).__name__}')
-        mask = np.ones(len(self), dtype=bool)
-        for column, condition in where.items():
-            if column not in self.table.column_names:
-                raise FilterError(f"unknown filter column {column!r}{nearest(column, self.columns)}")
-            mask &= self._condition(column, condition)
-        return mask
+        types = {field.name: field.type for field in self.table.schema}
+        found = filters.mask(where, types, self.column)
+        return np.ones(len(self), dtype=bool) if found is None else found
 
-    def _condition(self, column: str, condition: Any) -> np.ndarray:
-        values = self.table.column(column)
-        if pa.types.is_dictionary(values.type):
-            values = pa.chunked_array([chunk.dictionary_decode() for chunk in values.chunks], values.type.value_type)
-        operators = condition if isinstance(condition, dict) else {"in": [condition]}
-        mask = np.ones(len(self), dtype=bool)
-        for name, operand in operators.items():
-            try:
-                if name == "in":
-                    if not isinstance(operand, list):
-                        raise FilterError(f"filter on {column!r}: 'in' needs a list, got {operand!r}")
-                    found = pc.is_in(values, value_set=pa.array(operand).cast(values.type))
-                elif name in _COMPARE:
-                    found = _COMPARE[name](values, pa.scalar(operand).cast(values.type))
-                else:
-                    raise FilterError(
-                        f"filter on {column!r}: unknown operator {name!r}{nearest(name, ['in', *_COMPARE])}"
-                    )
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-                raise FilterError(
-                    f"filter on {column!r} (type {values.type}): {name} {operand!r} does not fit: {error}"
-                ) from None
-            mask &= found.fill_null(False).to_numpy(zero_copy_only=False)
-        return mask
+    def column(self, name: str) -> filters.Column:
+        """A column, ready to be compared; encoded when it is first asked for."""
+        if name not in self._encoded:
+            self._encoded[name] = filters.encode_column(self.table.column(name))
+        return self._encoded[name]
+
+    def groups(self, name: str) -> np.ndarray:
+        """Which rows have the same value in a column: int[N], equal numbers for equal values (nulls are equal).
+
+        Raises:
+            FilterError: no such column, or one of lists or structs.
+        """
+        if name not in self.table.column_names:
+            raise FilterError(f"cannot group by {name!r}: no such column{nearest(name, self.columns)}")
+        column = self.column(name)
+        if column.values is None:
+            raise FilterError(f"cannot group by {name!r} (type {column.type}): expected a column of plain values")
+        if column.dictionary is not None:
+            return column.values
+        groups = np.unique(column.values, return_inverse=True)[1]
+        return groups if column.valid is None else np.where(column.valid, groups + 1, 0)
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -10,8 +10,8 @@ from audiomae.artifacts import releases as release
 from audiomae.artifacts.embeddings import EmbeddingSet
 from audiomae.corpus.manifest import clip_id
 from audiomae.errors import UserError
+from audiomae.search.audio_index import AudioIndex
 from audiomae.search.build_plan import BuildConfig, Plan, make_plan
-from audiomae.search.index import AudioIndex
 
 DIM = 16
 NONE = np.zeros(0, dtype=np.int64)

@@ -13,7 +13,7 @@ from audiomae import storage
 from audiomae.artifacts import releases as release
 from audiomae.errors import FilterError, IntegrityError, UserError
 from audiomae.search import index as ann
-from audiomae.search.index import AudioIndex
+from audiomae.search.audio_index import AudioIndex
 from audiomae.search.spec import IndexSpec
 
 DIM, ROWS = 32, 3000

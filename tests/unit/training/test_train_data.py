@@ -86,7 +86,7 @@ def test_a_short_clip_is_repeated(cache):
     store = FeatureStore(cache, good["shard"], good["first_frame"], good["frames"])
     out = np.empty((10, BANDS), np.float16)
     store.read(3, 0, 10, out)
-    expected = features("c/3", 4).astype(np.float16)
+    expected = clip_features("c/3", 4).astype(np.float16)
     np.testing.assert_array_equal(out, np.concatenate([expected, expected, expected[:2]]))
     assert store.bands == BANDS and len(store) == 4
 

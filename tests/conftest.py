@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,27 @@ os.environ.update(
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+_skipped: Counter[str] = Counter()
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Note why whole modules are skipped."""
+    pytest_runtest_logreport(report)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Note why tests are skipped; `pytest_unconfigure` says it."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
+
+
+def pytest_unconfigure() -> None:
+    """The last line of a run: what was not tested, and how to get it."""
+    if _skipped:
+        reasons = "; ".join(f"{count} tests ({reason})" for reason, count in _skipped.items())
+        print(f"NOT TESTED: {reasons}")
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,16 @@
 
 import base64
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from browser import HOW_TO_GET, find_browser
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from serving import as_file, make_corpus, make_encoder, publish_release, running_service, sound
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+CHROMIUM = find_browser()
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -26,7 +26,7 @@ FLAGS = (
 )
 PATIENCE_MS = 60_000
 
-pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt install chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no browser: {HOW_TO_GET}")
 
 
 @dataclass(frozen=True)

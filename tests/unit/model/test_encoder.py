@@ -157,7 +157,7 @@ def test_auto_is_float32_on_every_cpu(tmp_path, monkeypatch, native):
         AudioEncoder.load(tmp_path, device="cpu", dtype="float8")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run the suite on a machine with a GPU")
 def test_gpu_agrees_with_cpu(tmp_path):
     make().save(tmp_path)
     sounds = clips(80_000, 32_000, 5_000)

@@ -14,7 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from upath import UPath
 
@@ -84,8 +84,26 @@ def put_if_absent(path: Location, data: bytes) -> bool:
 
 
 def read_bytes(path: Location) -> bytes:
-    """The whole file."""
-    return to_path(path).read_bytes()
+    """The whole file; on S3 a single GET, so that an object may be replaced meanwhile."""
+    path = to_path(path)
+    if is_local(path):
+        return path.read_bytes()
+    data: bytes = path.fs.cat_file(path.path)
+    return data
+
+
+def open_stream(path: Location) -> BinaryIO:
+    """The file, open for reading in bounded memory."""
+    stream: BinaryIO = to_path(path).open("rb")
+    return stream
+
+
+def list_names(directory: Location) -> list[str]:
+    """Names directly in a directory, sorted; none when it does not exist."""
+    try:
+        return sorted(path.name for path in to_path(directory).iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # UPath says the latter of an S3 prefix without objects
+        return []
 
 
 def write_json(path: Location, value: Any) -> None:
@@ -115,11 +133,17 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: Location) -> str:
     """Hex SHA-256 of a file, read in bounded memory."""
-    digest = hashlib.sha256()
-    with to_path(path).open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with open_stream(path) as file:
+        return sha256_stream(file)[0]
+
+
+def sha256_stream(file: BinaryIO) -> tuple[str, int]:
+    """(hex SHA-256, number of bytes) of the rest of an open file, read in bounded memory."""
+    digest, count = hashlib.sha256(), 0
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+        count += len(chunk)
+    return digest.hexdigest(), count
 
 
 def walk_files(directory: Location) -> Iterator[tuple[str, UPath]]:

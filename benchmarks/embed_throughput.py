@@ -165,7 +165,7 @@ def settings_of(encoder: AudioEncoder) -> EmbedSettings:
 def windows_of(uri: str, settings: EmbedSettings) -> list[Clip]:
     """The windows of a file; none when it cannot be decoded."""
     try:
-        return list(decode_item({"uri": uri}, "", settings))
+        return [piece for piece in decode_item({"uri": uri}, "", settings) if isinstance(piece, Clip)]
     except ItemError:
         return []
 

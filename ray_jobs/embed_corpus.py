@@ -12,7 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from audiomae.artifacts.embeddings import EmbeddingSet, EmbedSettings, collect_garbage, map_ahead, read_receipts
+from audiomae.artifacts.embeddings import (
+    EmbeddingSet,
+    collect_garbage,
+    committed_shards,
+    read_receipts,
+    write_run,
+)
+from audiomae.artifacts.tables import FAILED, EmbedSettings, map_ahead
 from audiomae.cli import job_parser, run_job
 from audiomae.config import StrictConfig, load_config
 from audiomae.corpus.manifest import Corpus, list_corpus
@@ -21,11 +28,11 @@ from audiomae.embedding.plan import Plan, load_plan, new_plan, normalise_listing
 from audiomae.embedding.update import copy_shard, difference, updated_plan
 from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder
-from audiomae.storage import to_path, write_json
+from audiomae.storage import to_path
 from ray_jobs._ray import connect
 from ray_jobs.embed.estimate import estimate
 from ray_jobs.embed.execution import choose_topology, cluster_size, probe_durations, run_passes
-from ray_jobs.embed.summary import failure_counts, final_line, summarise
+from ray_jobs.embed.summary import accounting, counts_of, failure_counts, final_line, summarise
 
 ENCODER_KINDS = ("official:", "timm:local-dir:")
 EXAMPLE = (
@@ -179,15 +186,16 @@ def refuse_other_settings(out: str, old: EmbedSettings, new: EmbedSettings) -> N
 
 
 def failed_uris(out: str) -> list[str]:
-    """The files in failures/ of what is committed."""
-    return pc.unique(EmbeddingSet.open(out).failures()["uri"]).to_pylist()
+    """The files in failures/ of what is committed that gave no embedding."""
+    failures = EmbeddingSet.open(out).failures()
+    return pc.unique(failures.filter(pc.equal(failures["kind"], FAILED))["uri"]).to_pylist()
 
 
 def embed(config: EmbedConfig, plan: Plan, began: float) -> dict[str, Any]:
     """Commit every shard that is not committed yet; a summary of the run, which `began` then."""
-    write_json(to_path(config.out) / "run.json", run_record(config, plan, "running"))
-    committed = read_receipts(config.out, [entry.name for entry in plan.shards])
-    skipped = sum(receipt.inputs for receipt in committed.values())
+    write_run(config.out, run_record(config, plan, "running"))
+    committed = committed_shards(config.out)
+    skipped = sum(entry.items for entry in plan.shards if entry.name in committed)
     pending = [entry for entry in plan.shards if entry.name not in committed]
     copies = [entry for entry in pending if entry.base]
     for _ in map_ahead(lambda entry: copy_shard(config.out, plan, entry), copies):
@@ -221,25 +229,20 @@ def embed(config: EmbedConfig, plan: Plan, began: float) -> dict[str, Any]:
 def finish(config: EmbedConfig, plan: Plan, summary: dict[str, Any]) -> int:
     """Clean up, record, print the final line; the exit status."""
     embeddings = EmbeddingSet.open(config.out)
-    receipts = embeddings.receipts.values()
-    failed, inputs = sum(receipt.failed for receipt in receipts), sum(receipt.inputs for receipt in receipts)
-    complete = embeddings.complete
+    counts = counts_of(embeddings.receipts.values())
+    failed, complete = counts["failed"], embeddings.complete
     if complete:
         collect_garbage(config.out)
-    counts = {"inputs": plan.num_items, "embedded": inputs - failed, "failed": failed, "rows": embeddings.num_rows}
-    record = run_record(config, plan, "complete" if complete else "incomplete") | counts | {"last_run": summary}
-    write_json(to_path(config.out) / "run.json", record)
+    totals = counts | {"inputs": plan.num_items, "last_run": summary}
+    write_run(config.out, run_record(config, plan, "complete" if complete else "incomplete") | totals)
     print(final_line(summary, failed))
-    print(
-        f"inputs {plan.num_items:,} = embedded {inputs - failed:,} + failed {failed:,}"
-        + ("" if complete else " + unfinished")
-    )
+    print(accounting(counts, plan.num_items))
     for error_class, count in failure_counts(embeddings):
         print(f"  {count:,} {error_class}")
     print(f"{embeddings.num_rows:,} embeddings in {config.out}")
     if not complete:
         raise UserError(
-            f"{plan.num_items - inputs:,} files were not finished; the same command again goes on with them"
+            f"{plan.num_items - counts['inputs']:,} files were not finished; the same command again goes on with them"
         )
     if not embeddings.num_rows:
         raise UserError(f"no file of the corpus could be decoded; the reasons are in {config.out}/failures")

@@ -220,7 +220,7 @@ def _write(
         "encoder": embeddings.encoder,
         "fingerprint": embeddings.fingerprint,
         "corpus": embeddings.corpus_root,
-        "rows": f"{len(runs[0].rows)} ({config.level}s), {embeddings.failures().num_rows} inputs failed to embed",
+        "rows": f"{len(runs[0].rows)} ({config.level}s), {embeddings.failed} inputs failed to embed",
     }
     pictures = draw_plots(runs, config.map, config.seed)
     worst = worst_queries(runs[0], corpus_reader(embeddings.corpus_root), config.worst_queries)

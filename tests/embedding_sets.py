@@ -9,15 +9,9 @@ import pyarrow as pa
 
 from audiomae import storage
 from audiomae.artifacts import releases as release
-from audiomae.artifacts.embeddings import (
-    FAILURE_SCHEMA,
-    EmbeddingSet,
-    EmbedSettings,
-    commit_shard,
-    embedding_schema,
-    vectors_to_column,
-)
+from audiomae.artifacts.embeddings import EmbeddingSet, ShardOrigin, ShardTables, commit_shard
 from audiomae.artifacts.releases import Release
+from audiomae.artifacts.tables import EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
 from audiomae.search import build
 from audiomae.search.build_plan import BuildConfig, make_plan
@@ -79,16 +73,8 @@ def make_set(
     storage.write_json(directory / "manifest" / f"plan-{generation:06d}.json", plan)
     for number, name in enumerate(fresh):
         piece = table.slice(edges[number], edges[number + 1] - edges[number]).cast(schema)
-        commit_shard(
-            directory,
-            name,
-            piece,
-            FAILURE_SCHEMA.empty_table(),
-            settings=settings,
-            manifest="m",
-            inputs=piece.num_rows,
-            audio_s=0.0,
-        )
+        origin = ShardOrigin(inputs=piece.num_rows, audio_s=0.0, fingerprint=fingerprint, manifest="m")
+        commit_shard(directory, name, ShardTables(piece), origin)
     return EmbeddingSet.open(directory)
 
 

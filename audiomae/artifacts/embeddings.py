@@ -5,7 +5,8 @@ DIR/run.json                        who made this: encoder, fingerprint, dim, wi
 DIR/manifest/plan-000000.json       the plan in force (the highest number); names its items files and shards
 DIR/manifest/items-*.parquet        the work items, one row group per shard
 DIR/embeddings/<shard>-<attempt>.parquet
-DIR/failures/<shard>-<attempt>.parquet
+DIR/failures/<shard>-<attempt>.parquet   inputs without an embedding (failed), lost spans of others (damaged)
+DIR/silent/<shard>-<attempt>.parquet     windows that were left out because nothing can be heard in them
 DIR/commits/<shard>.json            the receipt; it is written last and *is* the done-marker
 DIR/vanished/*.parquet              rows of files that a later `--update` no longer found
 ```
@@ -17,85 +18,116 @@ receipts alone; `collect_garbage` removes what no receipt names once every shard
 
 import re
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
+from pydantic import ValidationError
 from upath import UPath
 
+from audiomae.artifacts import receipts
+from audiomae.artifacts.receipts import FileEntry, Numbered, entry_of
+from audiomae.artifacts.tables import (
+    DAMAGED,
+    FAILURE_SCHEMA,
+    RESERVED_COLUMNS,
+    SILENT_SCHEMA,
+    EmbedSettings,
+    column_to_vectors,
+    embedding_schema,
+    map_ahead,
+    parquet_bytes,
+    read_parquet,
+    with_kind,
+)
 from audiomae.config import StrictConfig
 from audiomae.errors import IntegrityError
-from audiomae.storage import encode_json, put_if_absent, read_bytes, read_json, sha256_bytes, to_path, write_bytes
+from audiomae.storage import list_names, sha256_bytes, to_path, write_bytes
 
-RESERVED_COLUMNS = ("id", "uri", "start_s", "end_s", "embedding")
-FAILURE_SCHEMA = pa.schema(
-    [
-        ("uri", pa.string()),
-        ("start_s", pa.float64()),
-        ("end_s", pa.float64()),
-        ("stage", pa.string()),
-        ("error_class", pa.string()),
-        ("message", pa.string()),
-    ]
-)
-READ_AHEAD = 4
-
-Value = TypeVar("Value")
-
-
-class EmbedSettings(StrictConfig):
-    """What decides the vectors of a corpus: two runs with equal settings give equal rows."""
-
-    fingerprint: str
-    dim: int
-    sample_rate: int
-    mode: Literal["windows", "file"]
-    window_s: float
-    hop_s: float
-    vector_dtype: Literal["float32", "float16"] = "float32"
+EMBEDDINGS, FAILURES, SILENT = "embeddings", "failures", "silent"
+FIX_SHARD = "restore it, or delete the shard's commits/*.json and relaunch the embed_corpus job to embed it again"
+FIX_RUN = "relaunch the embed_corpus job that wrote it"
+# the keys of what older versions wrote without a seal
+# fmt: off
+UNSEALED_PLAN = frozenset({
+    "generation", "settings", "encoder", "corpus", "corpus_root", "manifest_hash", "files", "shards", "vanished",
+})
+UNSEALED_RECEIPT = frozenset({
+    "shard", "attempt", "inputs", "rows", "failed", "audio_s", "embeddings", "sha256", "bytes", "failures",
+    "failures_sha256", "fingerprint", "manifest",
+})
+UNSEALED_RUN = frozenset({
+    "fingerprint", "dim", "sample_rate", "mode", "window_s", "hop_s", "vector_dtype", "status", "encoder", "corpus",
+    "corpus_root", "manifest_hash", "generation", "config", "inputs", "embedded", "failed", "rows", "last_run",
+})
+# fmt: on
 
 
-class Receipt(StrictConfig):
-    """The commit of one shard (`commits/<shard>.json`)."""
+@dataclass(frozen=True)
+class ShardTables:
+    """What embedding one shard gives: rows, the reasons of what failed or was damaged, windows left out as silent."""
 
-    shard: str
-    attempt: str
+    embeddings: pa.Table
+    failures: pa.Table = field(default_factory=FAILURE_SCHEMA.empty_table)
+    silent: pa.Table = field(default_factory=SILENT_SCHEMA.empty_table)
+
+    def counts(self) -> dict[str, int]:
+        """rows; failed (inputs without an embedding); damaged (embedded files that lost a span); silent (windows)."""
+        damaged = self.failures.filter(pc.equal(self.failures["kind"], DAMAGED))
+        return {
+            "rows": self.embeddings.num_rows,
+            "failed": self.failures.num_rows - damaged.num_rows,
+            "damaged": pc.count_distinct(damaged["uri"]).as_py(),
+            "silent": self.silent.num_rows,
+        }
+
+
+class ShardOrigin(StrictConfig):
+    """What a shard was made from: how many inputs and seconds of audio, by which encoder, of which manifest."""
+
     inputs: int
-    rows: int
-    failed: int
     audio_s: float
-    embeddings: str
-    sha256: str
-    bytes: int
-    failures: str | None
-    failures_sha256: str | None
     fingerprint: str
     manifest: str
 
 
-def embedding_schema(settings: EmbedSettings, extra: Sequence[pa.Field] = ()) -> pa.Schema:
-    """The schema of an embedding shard: id, uri, start_s, end_s, embedding `[dim]`, then the manifest's own columns."""
-    vector = pa.list_(pa.float16() if settings.vector_dtype == "float16" else pa.float32(), settings.dim)
-    own = [("id", pa.int64()), ("uri", pa.string()), ("start_s", pa.float64()), ("end_s", pa.float64())]
-    return pa.schema([pa.field(*field) for field in own] + [pa.field("embedding", vector)] + list(extra))
+class ShardReceipt(ShardOrigin):
+    """The commit of one shard (`commits/<shard>.json`).
 
+    Attributes:
+        inputs: work items: files, or bounded segments of long files; those embedded and those failed.
+        rows: windows (or whole files) embedded.
+        failed: inputs that gave no embedding.
+        damaged: files that were embedded but for a lost span.
+        silent: windows left out because nothing can be heard in them.
+        files: every file of the shard, by name below DIR.
+    """
 
-def vectors_to_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
-    """`float[N, D]` as a column every Parquet reader understands (numpy's own becomes an extension type)."""
-    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    shard: str
+    attempt: str
+    rows: int
+    failed: int
+    damaged: int = 0
+    silent: int = 0
+    files: dict[str, FileEntry]
 
+    @property
+    def embeddings(self) -> str:
+        """The name of the embedding table below DIR."""
+        return next(name for name in self.files if name.startswith(f"{EMBEDDINGS}/"))
 
-def column_to_vectors(column: pa.ChunkedArray) -> np.ndarray:
-    """An embedding column as `float32[N, D]`."""
-    dim = column.type.list_size
-    parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim) for chunk in column.chunks]
-    return np.concatenate(parts).astype(np.float32, copy=False) if parts else np.zeros((0, dim), np.float32)
+    @property
+    def sha256(self) -> str:
+        """Of the embedding table: what the shard is known by."""
+        return self.files[self.embeddings].sha256
+
+    def table_name(self, kind: str) -> str | None:
+        """The name of the `failures` or `silent` table below DIR; None when the shard has no such row."""
+        return next((name for name in self.files if name.startswith(f"{kind}/")), None)
 
 
 def new_attempt() -> str:
@@ -103,84 +135,94 @@ def new_attempt() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def commit_shard(
-    out: str | UPath,
-    shard: str,
-    table: pa.Table,
-    failures: pa.Table,
-    *,
-    settings: EmbedSettings,
-    manifest: str,
-    inputs: int,
-    audio_s: float,
-) -> bool:
-    """Write one shard and its failures, then its receipt; of several attempts exactly one returns `True`.
+def commit_shard(out: str | UPath, shard: str, tables: ShardTables, origin: ShardOrigin) -> bool:
+    """Write the tables of one shard, then its receipt; of several attempts exactly one returns `True`.
 
-    The loser removes what it wrote. A conditional put that was retried after a lost answer may report the writer's
-    own receipt as someone else's, so a refusal is checked against the attempt name in the stored receipt.
+    The loser removes what it wrote. An empty `failures` or `silent` table is not written.
     """
     out = to_path(out)
     attempt = new_attempt()
-    data = _parquet_bytes(table)
-    failure_data = _parquet_bytes(failures) if failures.num_rows else None
-    name, failure_name = f"embeddings/{shard}-{attempt}.parquet", f"failures/{shard}-{attempt}.parquet"
-    write_bytes(out / name, data)
-    if failure_data is not None:
-        write_bytes(out / failure_name, failure_data)
-    receipt = Receipt(
-        shard=shard,
-        attempt=attempt,
-        inputs=inputs,
-        rows=table.num_rows,
-        failed=failures.num_rows,
-        audio_s=round(audio_s, 6),
-        embeddings=name,
-        sha256=sha256_bytes(data),
-        bytes=len(data),
-        failures=failure_name if failure_data is not None else None,
-        failures_sha256=sha256_bytes(failure_data) if failure_data is not None else None,
-        fingerprint=settings.fingerprint,
-        manifest=manifest,
-    )
-    path = out / "commits" / f"{shard}.json"
-    if put_if_absent(path, encode_json(receipt.model_dump())) or read_json(path)["attempt"] == attempt:
+    named = {EMBEDDINGS: tables.embeddings, FAILURES: tables.failures, SILENT: tables.silent}
+    files = {}
+    for kind, table in named.items():
+        if kind == EMBEDDINGS or table.num_rows:
+            name, data = f"{kind}/{shard}-{attempt}.parquet", parquet_bytes(table)
+            write_bytes(out / name, data)
+            files[name] = entry_of(data)
+    facts = {"shard": shard, "attempt": attempt, **tables.counts(), **origin.model_dump()}
+    facts["audio_s"] = round(origin.audio_s, 6)
+    if receipts.create(receipt_path(out, shard), receipts.Receipt(files, facts)):
         return True
-    (out / name).unlink()
-    if failure_data is not None:
-        (out / failure_name).unlink()
+    for name in files:
+        (out / name).unlink()
     return False
+
+
+def receipt_path(out: str | UPath, shard: str) -> UPath:
+    """Where the receipt of a shard lies."""
+    return to_path(out) / "commits" / f"{shard}.json"
 
 
 def is_committed(out: str | UPath, shard: str) -> bool:
     """Whether the shard has its receipt."""
-    return (to_path(out) / "commits" / f"{shard}.json").exists()
+    return receipt_path(out, shard).exists()
 
 
-def read_receipts(out: str | UPath, shards: Sequence[str]) -> dict[str, Receipt]:
+def committed_shards(out: str | UPath) -> set[str]:
+    """The shards that have their receipt, by one listing."""
+    return {name.removesuffix(".json") for name in list_names(to_path(out) / "commits") if name.endswith(".json")}
+
+
+def read_receipt(out: str | UPath, shard: str) -> ShardReceipt:
+    """The receipt of a committed shard.
+
+    Raises:
+        FileNotFoundError: the shard is not committed.
+        IntegrityError: the receipt is damaged.
+    """
+    path = receipt_path(out, shard)
+    value = receipts.read_sealed(path, UNSEALED_RECEIPT, FIX_SHARD)
+    try:
+        if "facts" in value:
+            receipt = receipts.Receipt.decode(value, path)
+            return ShardReceipt(files=dict(receipt.files), **receipt.facts)
+        files = {value.pop("embeddings"): FileEntry(value.pop("sha256"), value.pop("bytes"))}
+        failures, checksum = value.pop("failures"), value.pop("failures_sha256")
+        return ShardReceipt(files=files | ({failures: FileEntry(checksum)} if failures else {}), **value)
+    except (KeyError, TypeError, ValidationError) as error:
+        raise IntegrityError(f"{path}: not the receipt of a shard ({error}): {FIX_SHARD}") from None
+
+
+def read_receipts(out: str | UPath, shards: Sequence[str]) -> dict[str, ShardReceipt]:
     """The receipts of those of `shards` that are committed."""
-    directory = to_path(out) / "commits"
-    present = {path.name.removesuffix(".json") for path in _list(directory)}
+    present = committed_shards(out)
     names = [shard for shard in shards if shard in present]
-    values = map_ahead(lambda shard: read_json(directory / f"{shard}.json"), names, ahead=16)
-    return {name: Receipt(**value) for name, value in zip(names, values, strict=True)}
+    return dict(zip(names, map_ahead(partial(read_receipt, out), names, ahead=16), strict=True))
 
 
-def read_shard(
-    out: str | UPath, receipt: Receipt, columns: Sequence[str] | None = None, verify: bool = True
-) -> pa.Table:
+def read_shard(out: str | UPath, receipt: ShardReceipt, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of one committed shard.
 
     Raises:
         IntegrityError: when the file is not the one the receipt was written for.
     """
-    return _read_parquet(to_path(out) / receipt.embeddings, receipt.sha256 if verify else None, columns)
+    return read_parquet(_read_file(out, receipt, receipt.embeddings), columns)
 
 
-def read_failures(out: str | UPath, receipt: Receipt, verify: bool = True) -> pa.Table:
-    """The failure rows of one committed shard (none is an empty table)."""
-    if receipt.failures is None:
-        return FAILURE_SCHEMA.empty_table()
-    return _read_parquet(to_path(out) / receipt.failures, receipt.failures_sha256 if verify else None, None)
+def read_failures(out: str | UPath, receipt: ShardReceipt) -> pa.Table:
+    """What failed or was damaged in one committed shard (nothing is an empty table)."""
+    name = receipt.table_name(FAILURES)
+    return with_kind(read_parquet(_read_file(out, receipt, name))) if name else FAILURE_SCHEMA.empty_table()
+
+
+def read_silent(out: str | UPath, receipt: ShardReceipt) -> pa.Table:
+    """The silent windows of one committed shard (none is an empty table)."""
+    name = receipt.table_name(SILENT)
+    return read_parquet(_read_file(out, receipt, name)) if name else SILENT_SCHEMA.empty_table()
+
+
+def _read_file(out: str | UPath, receipt: ShardReceipt, name: str) -> bytes:
+    return receipts.read_file(out, name, receipts.Receipt(receipt.files), FIX_SHARD)
 
 
 @dataclass(frozen=True)
@@ -190,7 +232,7 @@ class EmbeddingSet:
     path: UPath
     run: Mapping[str, Any]
     plan: Mapping[str, Any]
-    receipts: Mapping[str, Receipt]
+    receipts: Mapping[str, ShardReceipt]
 
     @classmethod
     def open(cls, directory: str | UPath) -> "EmbeddingSet":
@@ -201,24 +243,25 @@ class EmbeddingSet:
             IntegrityError: when a receipt belongs to another encoder than run.json.
         """
         path = to_path(directory)
-        if not (path / "run.json").exists():
+        try:
+            run = receipts.read_sealed(path / "run.json", UNSEALED_RUN, FIX_RUN)
+        except FileNotFoundError:
             raise FileNotFoundError(
                 f"{path}: no run.json, so no embeddings were written here; run ray_jobs/embed_corpus.py --out {path}"
-            )
-        run = read_json(path / "run.json")
+            ) from None
         plan = read_latest_plan(path)
         if plan is None:
             raise FileNotFoundError(
                 f"{path}/manifest: no plan-*.json; relaunch the embed_corpus job that wrote run.json"
             )
-        receipts = read_receipts(path, [shard["name"] for shard in plan["shards"]])
-        for receipt in receipts.values():
+        found = read_receipts(path, [shard["name"] for shard in plan["shards"]])
+        for receipt in found.values():
             if receipt.fingerprint != run["fingerprint"]:
                 raise IntegrityError(
                     f"{path}/commits/{receipt.shard}.json: encoder fingerprint {receipt.fingerprint}, expected "
                     f"{run['fingerprint']} (run.json): two encoders wrote here; embed again into a fresh folder"
                 )
-        return cls(path, run, plan, receipts)
+        return cls(path, run, plan, found)
 
     @property
     def settings(self) -> EmbedSettings:
@@ -255,13 +298,29 @@ class EmbeddingSet:
         """Whether every shard of the plan is committed."""
         return len(self.receipts) == len(self.plan["shards"])
 
-    def iter_tables(self, columns: Sequence[str] | None = None, verify: bool = True) -> Iterator[pa.Table]:
+    @property
+    def column_names(self) -> list[str]:
+        """Columns of the embedding tables; none while no shard is committed."""
+        first = next(iter(self.receipts.values()), None)
+        return read_shard(self.path, first).column_names if first else []
+
+    @property
+    def failed(self) -> int:
+        """Inputs that gave no embedding."""
+        return sum(receipt.failed for receipt in self.receipts.values())
+
+    @property
+    def damaged(self) -> int:
+        """Files that were embedded but for a lost span."""
+        return sum(receipt.damaged for receipt in self.receipts.values())
+
+    def iter_tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """One table per committed shard, read a few ahead, in the plan's order.
 
         Raises:
-            IntegrityError: when a file does not match its receipt (`verify=False` skips the checksum).
+            IntegrityError: when a file does not match its receipt.
         """
-        return map_ahead(lambda receipt: read_shard(self.path, receipt, columns, verify), self.receipts.values())
+        return map_ahead(lambda receipt: read_shard(self.path, receipt, columns), self.receipts.values())
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows in one table."""
@@ -274,22 +333,37 @@ class EmbeddingSet:
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
     def failures(self) -> pa.Table:
-        """Every input that gave no embedding: uri, start_s, end_s, stage, error_class, message."""
+        """Inputs without an embedding (kind `failed`) and lost spans of embedded ones (`damaged`): FAILURE_SCHEMA."""
         tables = map_ahead(lambda receipt: read_failures(self.path, receipt), self.receipts.values())
         return pa.concat_tables([FAILURE_SCHEMA.empty_table(), *tables])
+
+    def silent(self) -> pa.Table:
+        """Windows left out because nothing can be heard in them: uri, start_s, end_s, reason, peak_db."""
+        tables = map_ahead(lambda receipt: read_silent(self.path, receipt), self.receipts.values())
+        return pa.concat_tables([SILENT_SCHEMA.empty_table(), *tables])
 
     def vanished(self) -> pa.Table:
         """Rows (id, uri, start_s, end_s) whose files an update no longer found; they are not among `read()`."""
         name = self.plan.get("vanished")
         if name is None:
             return embedding_schema(self.settings).empty_table().select(["id", "uri", "start_s", "end_s"])
-        return _read_parquet(self.path / name["name"], name["sha256"], None)
+        files = receipts.Receipt({name["name"]: FileEntry(name["sha256"])})
+        return read_parquet(receipts.read_file(self.path, name["name"], files, FIX_RUN))
+
+
+def plans(out: str | UPath) -> Numbered:
+    """The plans of a folder, one for each generation."""
+    return Numbered(to_path(out) / "manifest", "plan-", UNSEALED_PLAN)
 
 
 def read_latest_plan(out: str | UPath) -> dict[str, Any] | None:
     """The plan in force: the highest-numbered `manifest/plan-*.json`, or None."""
-    names = sorted(path.name for path in _list(to_path(out) / "manifest") if path.name.startswith("plan-"))
-    return read_json(to_path(out) / "manifest" / names[-1]) if names else None
+    return plans(out).latest()
+
+
+def write_run(out: str | UPath, record: Mapping[str, Any]) -> None:
+    """Write run.json: what a reader needs to know of the folder."""
+    receipts.write_sealed(to_path(out) / "run.json", record)
 
 
 def collect_garbage(out: str | UPath) -> int:
@@ -308,13 +382,13 @@ def collect_garbage(out: str | UPath) -> int:
     keep |= {f"manifest/plan-{plan['generation']:06d}.json"} | {file["name"] for file in plan["files"]}
     keep |= {plan["vanished"]["name"]} if plan.get("vanished") else set()
     for receipt in embeddings.receipts.values():
-        keep |= {receipt.embeddings, receipt.failures or ""}
+        keep |= set(receipt.files)
     # receipts first: a receipt must never name a file that is gone
     removed = 0
-    for folder in ("commits", "manifest", "embeddings", "failures", "vanished"):
-        for path in _list(out / folder):
-            if f"{folder}/{path.name}" not in keep and _generation(path.name) <= plan["generation"]:
-                path.unlink(missing_ok=True)
+    for folder in ("commits", "manifest", EMBEDDINGS, FAILURES, SILENT, "vanished"):
+        for name in list_names(out / folder):
+            if f"{folder}/{name}" not in keep and _generation(name) <= plan["generation"]:
+                (out / folder / name).unlink(missing_ok=True)
                 removed += 1
     return removed
 
@@ -325,50 +399,8 @@ def _generation(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def map_ahead(function: Callable[[Any], Value], items: Any, ahead: int = READ_AHEAD) -> Iterator[Value]:
-    """`map` in a few threads, in order, with no more than `ahead` results waiting."""
-    pending: deque[Future[Value]] = deque()
-    with ThreadPoolExecutor(ahead) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
 def write_table(path: UPath, table: pa.Table) -> str:
     """Write a Parquet file whole; return its SHA-256."""
-    data = _parquet_bytes(table)
+    data = parquet_bytes(table)
     write_bytes(path, data)
     return sha256_bytes(data)
-
-
-def _parquet_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    # vectors do not compress and have no useful dictionary; everything else does
-    dictionary = [name for name in table.column_names if name != "embedding"]
-    pq.write_table(table, sink, compression="zstd", use_dictionary=dictionary)
-    return sink.getvalue().to_pybytes()
-
-
-def _read_parquet(path: UPath, sha256: str | None, columns: Sequence[str] | None) -> pa.Table:
-    try:
-        data = read_bytes(path)
-    except FileNotFoundError:
-        raise IntegrityError(
-            f"{path}: named by its receipt but missing; restore it, or delete its commits/*.json and relaunch the job"
-        ) from None
-    if sha256 is not None and (got := sha256_bytes(data)) != sha256:
-        raise IntegrityError(
-            f"{path}: sha256 {got}, expected {sha256} (its receipt): the file was changed or damaged; restore it, or "
-            "delete its commits/*.json and relaunch the job to embed it again"
-        )
-    return pq.read_table(pa.BufferReader(data), columns=list(columns) if columns is not None else None)
-
-
-def _list(directory: UPath) -> list[UPath]:
-    try:
-        return list(directory.iterdir())
-    except (FileNotFoundError, NotADirectoryError):  # UPath says the latter of an S3 prefix without objects
-        return []

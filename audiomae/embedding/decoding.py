@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import Pipe
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from audiomae.artifacts.embeddings import EmbedSettings
+from audiomae.artifacts.tables import DAMAGED, FAILED, EmbedSettings
 from audiomae.config import StrictConfig
 from audiomae.corpus.decode import iter_windows
 from audiomae.corpus.manifest import open_source
@@ -46,12 +47,36 @@ class Clip(NamedTuple):
     scales: np.ndarray | None = None
 
 
+class Silent(NamedTuple):
+    """A window that is left out because nothing can be heard in it: a row of `silent/`.
+
+    `peak_db` is its peak in dBFS.
+    """
+
+    start_s: float
+    end_s: float
+    reason: str
+    peak_db: float
+
+
+class Damage(NamedTuple):
+    """A span of an item that gave no samples while the rest of it did: a row of `failures/` of kind `damaged`."""
+
+    start_s: float
+    end_s: float | None
+    stage: str
+    error_class: str
+    message: str
+
+
 Item = dict[str, Any]
-Decode = Callable[[Item], Iterator[Clip]]
+Piece = Clip | Silent | Damage
+PIECES: dict[str, Callable[..., Piece]] = {kind.__name__: kind for kind in (Clip, Silent, Damage)}
+Decode = Callable[[Item], Iterator[Piece]]
 
 
-def decode_item(item: Item, root: str, settings: EmbedSettings) -> Iterator[Clip]:
-    """The windows of a work item, decoded in this process.
+def decode_item(item: Item, root: str, settings: EmbedSettings) -> Iterator[Piece]:
+    """The windows of a work item, and what is silent or damaged in it, decoded in this process.
 
     Raises:
         ItemError: for everything that can be wrong with a file or with reading it.
@@ -72,20 +97,20 @@ def decode_item(item: Item, root: str, settings: EmbedSettings) -> Iterator[Clip
         raise ItemError("read", type(error).__name__, str(error), passing=True) from error
 
 
-def consume_item(item: Item, decode: Decode, accept: Callable[[Clip], None], reset: Callable[[], None]) -> Item | None:
-    """Pass the windows of one item to `accept`; `None`, or a failure row after `reset` has undone what was accepted.
+def consume_item(item: Item, decode: Decode, accept: Callable[[Piece], None], reset: Callable[[], None]) -> Item | None:
+    """Pass the pieces of one item to `accept`; `None`, or a failure row after `reset` has undone what was accepted.
+
+    An item without a window to embed is a failure; its silent windows stay accepted.
 
     What may pass (a lost connection, a 503, a decoder process that died) is tried again with backoff.
     """
     for attempt in range(1, TRIES + 1):
-        empty = True
+        count: Counter[type] = Counter()
         try:
-            for clip in decode(item):
-                empty = False
-                accept(clip)
-            if empty:
-                return failure_row(item, "decode", "EmptyAudio", "no samples in the file or segment")
-            return None
+            for piece in decode(item):
+                count[type(piece)] += 1
+                accept(piece)
+            return None if count[Clip] else _nothing_to_embed(item, count[Silent], count[Damage])
         except ItemError as error:
             reset()
             if not error.passing or attempt == TRIES:
@@ -95,17 +120,45 @@ def consume_item(item: Item, decode: Decode, accept: Callable[[Clip], None], res
     raise AssertionError("unreachable")
 
 
-def failure_row(item: Item, stage: str, error_class: str, message: str) -> Item:
-    """A row of `failures/`; the span is that of the segment, open-ended for a whole file."""
-    start, end = item.get("segment_start_s"), item.get("segment_end_s")
+def _nothing_to_embed(item: Item, silent: int, damaged: int) -> Item:
+    if silent:
+        lost = f", {damaged} spans are damaged" if damaged else ""
+        return failure_row(item, "decode", "SilentAudio", f"nothing can be heard in its {silent} windows{lost}")
+    if damaged:
+        return failure_row(item, "decode", "CorruptAudio", f"all of it is damaged ({damaged} spans)")
+    return failure_row(item, "decode", "EmptyAudio", "no samples in the file or segment")
+
+
+def failure_row(
+    item: Item,
+    stage: str,
+    error_class: str,
+    message: str,
+    kind: str = FAILED,
+    span: tuple[float, float | None] | None = None,
+) -> Item:
+    """A row of `failures/`; the span is by default that of the segment, open-ended for a whole file."""
+    start, end = span or (item.get("segment_start_s") or 0.0, item.get("segment_end_s"))
     return {
         "uri": item["uri"],
-        "start_s": start or 0.0,
+        "start_s": start,
         "end_s": end if end is not None and math.isfinite(end) else None,
         "stage": stage,
         "error_class": error_class,
         "message": message[:2000],
+        "kind": kind,
     }
+
+
+def damage_row(item: Item, damage: Damage) -> Item:
+    """A row of `failures/` for a lost span of an item that was embedded."""
+    span = damage.start_s, damage.end_s
+    return failure_row(item, damage.stage, damage.error_class, damage.message, DAMAGED, span)
+
+
+def silent_row(item: Item, silent: Silent) -> Item:
+    """A row of `silent/`."""
+    return {"uri": item["uri"], **silent._asdict()}
 
 
 class IsolatedDecoder:
@@ -121,7 +174,7 @@ class IsolatedDecoder:
         self._child: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
-    def __call__(self, item: Item) -> Iterator[Clip]:
+    def __call__(self, item: Item) -> Iterator[Piece]:
         pipe = self._start()
         try:
             pipe.send((item, self.root, self.settings.model_dump()))
@@ -134,7 +187,7 @@ class IsolatedDecoder:
                     return
                 if kind == "error":
                     raise ItemError(*value)
-                yield Clip(*value)
+                yield PIECES[kind](*value)
         except (EOFError, OSError) as error:
             raise ItemError("decode", "ProcessDied", f"its decoder process {self.close()}", passing=True) from error
         except GeneratorExit:  # the caller stopped half-way: the rest is still in the pipe
@@ -186,30 +239,30 @@ def decoder_of(job: EmbedJob) -> Decode:
     return partial(_watched, job)
 
 
-def _watched(job: EmbedJob, item: Item) -> Iterator[Clip]:
+def _watched(job: EmbedJob, item: Item) -> Iterator[Piece]:
     """Decode here; a decoder stuck in a C library ends this process, so that the shard is retried in isolation.
 
     The kernel's alarm does it: its default is to end the process, and setting it costs a microsecond.
     """
     others = signal.setitimer(signal.ITIMER_REAL, job.stall_timeout_s)
     try:
-        for clip in decode_item(item, job.root, job.settings):
+        for piece in decode_item(item, job.root, job.settings):
             signal.setitimer(signal.ITIMER_REAL, *others)
-            yield clip
+            yield piece
             signal.setitimer(signal.ITIMER_REAL, job.stall_timeout_s)
     finally:
         signal.setitimer(signal.ITIMER_REAL, *others)
 
 
 def serve(pipe: Connection) -> None:
-    """The child's loop: items in; windows, then `end` or `error`, out."""
+    """The child's loop: items in; pieces by the name of their type, then `end` or `error`, out."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             item, root, settings = pipe.recv()
             try:
-                for clip in decode_item(item, root, EmbedSettings(**settings)):
-                    pipe.send(("clip", tuple(clip)))
+                for piece in decode_item(item, root, EmbedSettings(**settings)):
+                    pipe.send((type(piece).__name__, tuple(piece)))
                 pipe.send(("end", None))
             except ItemError as error:
                 pipe.send(("error", error.args))

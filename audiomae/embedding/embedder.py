@@ -7,14 +7,34 @@ encode function. `audiomae/embedding/stages.py` runs it in worker processes.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from audiomae.artifacts.embeddings import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
+from audiomae.artifacts.embeddings import ShardTables
+from audiomae.artifacts.tables import (
+    FAILURE_SCHEMA,
+    SILENT_SCHEMA,
+    EmbedSettings,
+    embedding_schema,
+    vectors_to_column,
+)
 from audiomae.corpus.manifest import clip_id
-from audiomae.embedding.decoding import BLOCK, Clip, Decode, Item, consume_item, failure_row
+from audiomae.embedding.decoding import (
+    BLOCK,
+    Clip,
+    Damage,
+    Decode,
+    Item,
+    Piece,
+    Silent,
+    consume_item,
+    damage_row,
+    failure_row,
+    silent_row,
+)
 from audiomae.embedding.plan import extra_columns
 from audiomae.model.encoder import AudioEncoder
 
@@ -27,10 +47,9 @@ Encode = Callable[[Sequence[Clip]], np.ndarray]
 
 @dataclass
 class ShardResult:
-    """Rows and failures of one shard, and where the time went."""
+    """The tables of one shard, and where the time went."""
 
-    table: pa.Table
-    failures: pa.Table
+    tables: ShardTables
     audio_s: float
     decode_s: float
     encode_s: float
@@ -39,25 +58,45 @@ class ShardResult:
 def embed_shard(items: pa.Table, decode: Decode, encode: Encode, settings: EmbedSettings) -> ShardResult:
     """Embed the items of one shard; an item that fails becomes a failure row and leaves no embedding behind.
 
+    Silent windows and damaged spans become rows of their own; they take nothing from the item's other windows.
+
     Args:
         items: work items (`audiomae.embedding.plan`), one row each.
-        decode: yields the windows of an item (a dict of its columns and its `number` in the shard) in order; called
-            again when a read fails for a passing reason.
+        decode: yields the windows of an item (a dict of its columns and its `number` in the shard) in order, and what
+            is silent or damaged in it; called again when a read fails for a passing reason.
         encode: embeds windows -> `float32[N, dim]`, rows L2-normalised.
     """
     began = time.perf_counter()
     rows = _Rows(encode)
-    failures: list[Item] = []
+    failures: dict[int, Item] = {}
     for number, item in enumerate(items.to_pylist()):
         item["number"] = number
-        first = len(rows.spans)
-        failure = consume_item(item, decode, lambda clip, n=number: rows.add(n, clip), lambda f=first: rows.drop(f))  # type: ignore[misc]
+        failure = consume_item(item, decode, partial(rows.add, number), partial(rows.drop, rows.mark()))
         if failure:
-            failures.append(failure)
+            failures[number] = failure
     rows.flush()
     decode_s = time.perf_counter() - began - rows.encode_s
     table, audio_s = _build_table(items, rows, failures, settings)
-    return ShardResult(table, pa.Table.from_pylist(failures, FAILURE_SCHEMA), audio_s, decode_s, rows.encode_s)
+    return ShardResult(_tables(items, table, rows, failures), audio_s, decode_s, rows.encode_s)
+
+
+def _tables(items: pa.Table, table: pa.Table, rows: "_Rows", failures: dict[int, Item]) -> ShardTables:
+    """The shard's tables; damage to an item that failed as a whole is no row of its own."""
+    uris = items["uri"].to_pylist()
+    failure_rows = list(failures.values())
+    failure_rows += [
+        damage_row({"uri": uris[number]}, piece)
+        for number, piece in rows.notes
+        if isinstance(piece, Damage) and number not in failures
+    ]
+    silent_rows = [
+        silent_row({"uri": uris[number]}, piece) for number, piece in rows.notes if isinstance(piece, Silent)
+    ]
+    return ShardTables(
+        table,
+        pa.Table.from_pylist(failure_rows, FAILURE_SCHEMA),
+        pa.Table.from_pylist(silent_rows, SILENT_SCHEMA),
+    )
 
 
 class _Rows:
@@ -66,21 +105,34 @@ class _Rows:
     def __init__(self, encode: Encode) -> None:
         self.encode = encode
         self.spans: list[tuple[int, float, float]] = []
+        self.notes: list[tuple[int, Silent | Damage]] = []
         self.vectors: dict[int, np.ndarray] = {}
         self.waiting: list[tuple[int, Clip]] = []
         self.waiting_samples = 0
         self.encode_s = 0.0
 
-    def add(self, item: int, clip: Clip) -> None:
+    def add(self, item: int, piece: Piece) -> None:
+        """Take a piece of the item with this number."""
+        if isinstance(piece, Clip):
+            self._add_clip(item, piece)
+        else:
+            self.notes.append((item, piece))
+
+    def _add_clip(self, item: int, clip: Clip) -> None:
         self.waiting.append((len(self.spans), clip))
         self.spans.append((item, clip.start_s, clip.end_s))
         self.waiting_samples += len(clip.samples)
         if self.waiting_samples >= BUFFER_SAMPLES:
             self.flush()
 
-    def drop(self, first: int) -> None:
-        """Forget the rows from `first` on: their item failed half-way."""
-        del self.spans[first:]
+    def mark(self) -> tuple[int, int]:
+        """The present end, for `drop`."""
+        return len(self.spans), len(self.notes)
+
+    def drop(self, mark: tuple[int, int]) -> None:
+        """Forget what came after `mark`: its item failed half-way."""
+        first, first_note = mark
+        del self.spans[first:], self.notes[first_note:]
         self.waiting = [pair for pair in self.waiting if pair[0] < first]
         self.vectors = {row: vector for row, vector in self.vectors.items() if row < first}
 
@@ -93,7 +145,9 @@ class _Rows:
         self.waiting, self.waiting_samples = [], 0
 
 
-def _build_table(items: pa.Table, rows: _Rows, failures: list[Item], settings: EmbedSettings) -> tuple[pa.Table, float]:
+def _build_table(
+    items: pa.Table, rows: _Rows, failures: dict[int, Item], settings: EmbedSettings
+) -> tuple[pa.Table, float]:
     """The embedding table and the audio seconds behind it; items with a non-finite vector join `failures`."""
     uris = items["uri"].to_pylist()
     vectors = np.array([rows.vectors[row] for row in range(len(rows.spans))], np.float32).reshape(-1, settings.dim)
@@ -102,7 +156,7 @@ def _build_table(items: pa.Table, rows: _Rows, failures: list[Item], settings: E
     bad = np.unique(numbers[~np.isfinite(vectors).all(axis=1)])
     for number in bad:
         item = items.slice(int(number), 1).to_pylist()[0]
-        failures.append(failure_row(item, "encode", "NonFiniteEmbedding", "the encoder gave NaN or infinity"))
+        failures[int(number)] = failure_row(item, "encode", "NonFiniteEmbedding", "the encoder gave NaN or infinity")
     keep = ~np.isin(numbers, bad)
     vectors, numbers, spans = vectors[keep], numbers[keep], spans[keep]
     if len(np.unique(numbers)) + len(failures) != items.num_rows:

@@ -15,7 +15,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from audiomae.embedding.decoding import BLOCK, Clip, Decode, EmbedJob, IsolatedDecoder, Item, consume_item, decoder_of
+from audiomae.embedding.decoding import (
+    BLOCK,
+    PIECES,
+    Clip,
+    Decode,
+    EmbedJob,
+    IsolatedDecoder,
+    Item,
+    Piece,
+    consume_item,
+    decoder_of,
+)
 from audiomae.embedding.plan import ShardEntry, read_shard_items
 from audiomae.errors import ItemError
 
@@ -37,39 +48,49 @@ def quantise(clip: Clip) -> Clip:
 
 
 class Payload:
-    """Windows by item number, the reasons of items that gave none, and the time it took."""
+    """Windows by item number, what else is known of the items, the reasons of those that failed, the time it took."""
 
     def __init__(self, began: float) -> None:
         self.began = began
         self.decode_s = 0.0
         self.clips: dict[int, list[Clip]] = {}
+        self.notes: dict[int, list[Piece]] = {}  # what is silent or damaged
         self.failures: dict[int, list[str]] = {}
         self._room = MAX_SAMPLES
 
     def decode(self, number: int, item: Item, decode: Decode) -> None:
         """Add the windows of an item, or why there are none, or, when they do not fit, nothing."""
         began = time.perf_counter()
-        clips: list[Clip] = []
+        pieces: list[Piece] = []
+        room = self._room
 
-        def accept(clip: Clip) -> None:
-            clips.append(quantise(clip))
-            if sum(len(clip.samples) for clip in clips) > self._room:
+        def accept(piece: Piece) -> None:
+            nonlocal room
+            pieces.append(quantise(piece) if isinstance(piece, Clip) else piece)
+            room -= len(piece.samples) if isinstance(piece, Clip) else 0
+            if room < 0:
                 raise PayloadFull
 
+        def reset() -> None:
+            nonlocal room
+            pieces.clear()
+            room = self._room
+
         try:
-            failure = consume_item(item, decode, accept, clips.clear)
+            failure = consume_item(item, decode, accept, reset)
         except PayloadFull:
             return
         finally:
             self.decode_s += time.perf_counter() - began
-        if failure:
+        if failure and not pieces:
             self.failures[number] = [failure["stage"], failure["error_class"], failure["message"]]
-        else:
-            self.clips[number] = clips
-            self._room -= sum(len(clip.samples) for clip in clips)
+            return
+        self.clips[number] = [piece for piece in pieces if isinstance(piece, Clip)]
+        self.notes[number] = [piece for piece in pieces if not isinstance(piece, Clip)]
+        self._room = room
 
-    def replay(self, item: Item, otherwise: Decode) -> Iterator[Clip]:
-        """The windows of `item["number"]` (its position in the shard); `otherwise` decodes what was left out.
+    def replay(self, item: Item, otherwise: Decode) -> Iterator[Piece]:
+        """The pieces of `item["number"]` (its position in the shard); `otherwise` decodes what was left out.
 
         Raises:
             ItemError: when the item failed on the other side.
@@ -78,12 +99,22 @@ class Payload:
         if number in self.failures:
             stage, error_class, message = self.failures[number]
             raise ItemError(stage, error_class, message)
-        yield from self.clips[number] if number in self.clips else map(quantise, otherwise(item))
+        if number in self.clips or number in self.notes:
+            yield from self.clips.get(number, ())
+            yield from self.notes.get(number, ())
+            return
+        for piece in otherwise(item):
+            yield quantise(piece) if isinstance(piece, Clip) else piece
 
     def pack(self) -> bytes:
         """As one Arrow IPC stream."""
         pairs = [(number, clip) for number, clips in self.clips.items() for clip in clips]
-        notes = {"failures": self.failures, "decode_s": self.decode_s, "began": self.began}
+        said = {
+            number: [[type(piece).__name__, *piece] for piece in pieces]
+            for number, pieces in self.notes.items()
+            if pieces
+        }
+        notes = {"failures": self.failures, "notes": said, "decode_s": self.decode_s, "began": self.began}
         table = pa.table(
             {
                 "number": pa.array([number for number, _ in pairs], pa.int32()),
@@ -106,6 +137,10 @@ class Payload:
         payload = cls(notes["began"])
         payload.decode_s = notes["decode_s"]
         payload.failures = {int(number): reason for number, reason in notes["failures"].items()}
+        payload.notes = {
+            int(number): [PIECES[kind](*values) for kind, *values in pieces]
+            for number, pieces in notes["notes"].items()
+        }
         if table.num_rows:
             spans = (table[name].to_pylist() for name in ("number", "start_s", "end_s"))
             arrays = (_rows(table[name].chunk(0)) for name in ("samples", "scales"))

@@ -8,6 +8,7 @@ in force by creating `manifest/plan-NNNNNN.json` exclusively. `update.py` writes
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -17,13 +18,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from audiomae.artifacts.embeddings import RESERVED_COLUMNS, EmbedSettings, new_attempt, read_latest_plan
+from audiomae.artifacts.embeddings import new_attempt, plans, read_latest_plan
+from audiomae.artifacts.receipts import FileEntry, Receipt, entry_of, read_file
+from audiomae.artifacts.tables import RESERVED_COLUMNS, EmbedSettings, read_parquet
 from audiomae.config import StrictConfig
-from audiomae.errors import IntegrityError, UserError
-from audiomae.storage import encode_json, put_if_absent, read_bytes, read_json, sha256_bytes, to_path, write_bytes
+from audiomae.errors import UserError
+from audiomae.storage import read_bytes, sha256_bytes, to_path, write_bytes
 
 OWN_COLUMNS = ("uri", "size", "content_id", "segment_start_s", "segment_end_s", "shard")
 SHARDS_PER_FILE = 64
+FIX_ITEMS = "restore it, or embed into a fresh folder"
 TARGET_SHARDS = 256
 SHARD_COST_S = (300.0, 1800.0)
 SEGMENT_S = 1800.0
@@ -37,10 +41,14 @@ Probe = Callable[[list[str]], list[float | None]]
 
 
 class ShardEntry(StrictConfig):
-    """One shard of a plan: its items are row group `group` of `file`; `base` is the shard to copy rows from."""
+    """One shard of a plan: its items are row group `group` of `file`; `base` is the shard to copy rows from.
+
+    Plans of older versions have no `file_sha256`.
+    """
 
     name: str
     file: str
+    file_sha256: str | None = None
     group: int
     items: int
     base: str | None = None
@@ -62,6 +70,11 @@ class Plan(StrictConfig):
     @property
     def num_items(self) -> int:
         return sum(shard.items for shard in self.shards)
+
+    @property
+    def receipt(self) -> Receipt:
+        """The items files with their checksums."""
+        return Receipt({file["name"]: FileEntry(file["sha256"], file.get("bytes")) for file in self.files})
 
 
 def normalise_listing(batches: Iterator[pa.Table]) -> tuple[pa.Table, int]:
@@ -197,26 +210,20 @@ def load_plan(out: str | UPath) -> Plan | None:
 
 def read_items(out: str | UPath, plan: Plan) -> pa.Table:
     """All work items of a plan, in shard order."""
-    tables = []
-    for file in plan.files:
-        data = read_bytes(to_path(out) / file["name"])
-        if (got := sha256_bytes(data)) != file["sha256"]:
-            raise IntegrityError(
-                f"{out}/{file['name']}: sha256 {got}, expected {file['sha256']} (its plan): the manifest was changed; "
-                "restore it, or embed into a fresh folder"
-            )
-        tables.append(pq.read_table(pa.BufferReader(data)))
-    return pa.concat_tables(tables)
+    receipt = plan.receipt
+    return pa.concat_tables([read_parquet(read_file(out, name, receipt, FIX_ITEMS)) for name in receipt.files])
 
 
 def read_shard_items(out: str, entry: ShardEntry) -> pa.Table:
     """The work items of one shard (one row group)."""
-    return _items_file(out, entry.file).read_row_group(entry.group)
+    return _items_file(out, entry.file, entry.file_sha256).read_row_group(entry.group)
 
 
 @lru_cache(maxsize=4)
-def _items_file(out: str, name: str) -> pq.ParquetFile:
-    return pq.ParquetFile(pa.BufferReader(read_bytes(to_path(out) / name)))
+def _items_file(out: str, name: str, sha256: str | None) -> pq.ParquetFile:
+    receipt = Receipt({name: FileEntry(sha256)}) if sha256 else None
+    data = read_file(out, name, receipt, FIX_ITEMS) if receipt else read_bytes(to_path(out) / name)
+    return pq.ParquetFile(pa.BufferReader(data))
 
 
 def publish_plan(out: str | UPath, plan: Plan, items: pa.Table, copies: dict[str, str]) -> Plan:
@@ -233,14 +240,15 @@ def publish_plan(out: str | UPath, plan: Plan, items: pa.Table, copies: dict[str
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, items.schema, compression="zstd") as writer:
             spans = list(zip(names, firsts, counts, strict=True))[start : start + SHARDS_PER_FILE]
-            for group, (shard, first, count) in enumerate(spans):
+            for _, first, count in spans:
                 writer.write_table(items.slice(int(first), int(count)), row_group_size=int(count))
-                base = copies.get(str(shard))
-                entries.append(ShardEntry(name=str(shard), file=name, group=group, items=int(count), base=base))
         data = sink.getvalue().to_pybytes()
         write_bytes(to_path(out) / name, data)
-        files.append({"name": name, "sha256": sha256_bytes(data), "rows": int(sum(count for _, _, count in spans))})
+        entry = ShardEntry(name="", file=name, file_sha256=sha256_bytes(data), group=0, items=0)
+        for group, (shard, _, count) in enumerate(spans):
+            own = {"name": str(shard), "group": group, "items": int(count), "base": copies.get(str(shard))}
+            entries.append(entry.model_copy(update=own))
+        files.append({"name": name, "rows": int(sum(count for _, _, count in spans)), **asdict(entry_of(data))})
     plan = plan.model_copy(update={"files": files, "shards": entries})
-    path = to_path(out) / "manifest" / f"plan-{plan.generation:06d}.json"
-    put_if_absent(path, encode_json(plan.model_dump()))
-    return Plan(**read_json(path))
+    plans(out).create(plan.generation, plan.model_dump())
+    return Plan(**plans(out).read(plan.generation))

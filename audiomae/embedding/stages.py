@@ -13,7 +13,7 @@ from functools import partial
 import pyarrow as pa
 import torch
 
-from audiomae.artifacts.embeddings import commit_shard, is_committed
+from audiomae.artifacts.embeddings import ShardOrigin, commit_shard, is_committed
 from audiomae.embedding.decoding import EmbedJob, Item, decoder_of
 from audiomae.embedding.embedder import BatchEncoder, ShardResult, embed_shard
 from audiomae.embedding.payload import Payload
@@ -59,24 +59,22 @@ class _Embedder:
         """Commit a shard and report on it."""
         write_began = time.time()
         job = self.job
-        won = commit_shard(
-            job.out,
-            entry.name,
-            result.table,
-            result.failures,
-            settings=job.settings,
-            manifest=job.manifest,
+        origin = ShardOrigin(
             inputs=entry.items,
             audio_s=result.audio_s,
+            fingerprint=job.settings.fingerprint,
+            manifest=job.manifest,
         )
+        won = commit_shard(job.out, entry.name, result.tables, origin)
+        counts = result.tables.counts()
         ended = time.time()
         return {
             "shard": entry.name,
             "status": "committed" if won else "duplicate",
             "worker": self.worker,
             "inputs": entry.items,
-            "clips": result.table.num_rows,
-            "failed": result.failures.num_rows,
+            "clips": counts["rows"],
+            "failed": counts["failed"],
             "audio_s": result.audio_s,
             "decode_s": result.decode_s,
             "encode_s": result.encode_s,

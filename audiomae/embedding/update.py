@@ -11,19 +11,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from upath import UPath
 
 from audiomae.artifacts.embeddings import (
-    Receipt,
+    FIX_RUN,
+    ShardOrigin,
+    ShardTables,
     commit_shard,
-    embedding_schema,
     new_attempt,
     read_failures,
+    read_receipt,
     read_receipts,
     read_shard,
+    read_silent,
     write_table,
 )
+from audiomae.artifacts.receipts import FileEntry, Receipt, read_file
+from audiomae.artifacts.tables import embedding_schema, read_parquet
 from audiomae.config import StrictConfig
 from audiomae.embedding.plan import (
     Plan,
@@ -38,7 +42,7 @@ from audiomae.embedding.plan import (
     read_shard_items,
 )
 from audiomae.errors import IntegrityError
-from audiomae.storage import read_bytes, to_path
+from audiomae.storage import to_path
 
 
 class Difference(StrictConfig):
@@ -150,11 +154,14 @@ def copy_shard(out: str, plan: Plan, entry: ShardEntry) -> bool:
         IntegrityError: when the base shard is gone, or has neither a row nor a failure for one of the items.
     """
     items = read_shard_items(out, entry)
-    base: Receipt | None = read_receipts(out, [entry.base or ""]).get(entry.base or "")
-    if base is None:
-        raise IntegrityError(f"{out}/commits/{entry.base}.json: expected as the base of shard {entry.name}, not found")
-    rows, failures = read_shard(out, base), read_failures(out, base)
-    rows, failures = (table.filter(pc.is_in(table["uri"], items["uri"].combine_chunks())) for table in (rows, failures))
+    try:
+        base = read_receipt(out, entry.base or "")
+    except FileNotFoundError:
+        raise IntegrityError(
+            f"{out}/commits/{entry.base}.json: expected as the base of shard {entry.name}, not found"
+        ) from None
+    tables = read_shard(out, base), read_failures(out, base), read_silent(out, base)
+    rows, failures, silent = (table.filter(pc.is_in(table["uri"], items["uri"].combine_chunks())) for table in tables)
     missing = set(items["uri"].to_pylist()) - set(rows["uri"].to_pylist()) - set(failures["uri"].to_pylist())
     if missing:
         raise IntegrityError(
@@ -166,16 +173,13 @@ def copy_shard(out: str, plan: Plan, entry: ShardEntry) -> bool:
     columns = [rows[name] for name in ("id", "uri", "start_s", "end_s", "embedding")]
     columns += [items[field.name].take(where) for field in extra]
     table = pa.Table.from_arrays(columns, schema=embedding_schema(plan.settings, extra))
-    return commit_shard(
-        out,
-        entry.name,
-        table,
-        failures,
-        settings=plan.settings,
-        manifest=plan.manifest_hash,
+    origin = ShardOrigin(
         inputs=entry.items,
         audio_s=base.audio_s * table.num_rows / max(1, base.rows),
+        fingerprint=plan.settings.fingerprint,
+        manifest=plan.manifest_hash,
     )
+    return commit_shard(out, entry.name, ShardTables(table, failures, silent), origin)
 
 
 def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:
@@ -206,10 +210,11 @@ def _write_vanished(
     columns = ["id", "uri", "start_s", "end_s"]
     tables = []
     if plan.vanished:
-        earlier = pq.read_table(pa.BufferReader(read_bytes(to_path(out) / plan.vanished["name"])))
+        receipt = Receipt({plan.vanished["name"]: FileEntry(plan.vanished["sha256"])})
+        earlier = read_parquet(read_file(out, plan.vanished["name"], receipt, FIX_RUN))
         tables.append(earlier.filter(pc.invert(pc.is_in(earlier["uri"], listing["uri"].combine_chunks()))))
-    for receipt in read_receipts(out, shards).values():
-        rows = read_shard(out, receipt, columns)
+    for losing in read_receipts(out, shards).values():
+        rows = read_shard(out, losing, columns)
         tables.append(rows.filter(pc.is_in(rows["uri"], pa.array(uris, pa.string()))))
     if not tables:
         return None

@@ -72,7 +72,7 @@ def read_rows(embeddings: EmbeddingSet, name: str, label: str, group: str | None
     """
     if not embeddings.num_rows:
         raise ColumnError(f"{embeddings.path}: holds no embedding; see its failures/ for the reasons")
-    available = next(embeddings.iter_tables(verify=False)).column_names
+    available = embeddings.column_names
     wanted = [column for column in (label, group) if column is not None]
     for column in wanted:
         if column not in available:

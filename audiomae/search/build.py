@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from audiomae import storage
-from audiomae.artifacts.embeddings import Receipt, column_to_vectors, read_shard
+from audiomae.artifacts.embeddings import read_receipt, read_shard
 from audiomae.artifacts.releases import fetch, resolve
+from audiomae.artifacts.tables import column_to_vectors
 from audiomae.errors import IntegrityError, UserError
 from audiomae.search import index as ann
 from audiomae.search.build_plan import Part, Plan, Slice
@@ -149,7 +150,7 @@ def _read_slice(piece: Slice, keep: np.ndarray) -> tuple[pa.Table, np.ndarray]:
         table = Items(folder).table.slice(piece.start, len(keep)).filter(pa.array(keep))
         return table, ann.read_rows(folder, piece.start, piece.stop)[keep]
     directory = storage.to_path(piece.directory)
-    receipt = Receipt(**storage.read_json(directory / "commits" / f"{piece.shard}.json"))
+    receipt = read_receipt(directory, piece.shard)
     if receipt.sha256 != piece.sha256:
         raise IntegrityError(
             f"{directory}: shard {piece.shard} changed while it was indexed: SHA-256 {receipt.sha256}, expected "

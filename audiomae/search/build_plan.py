@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from audiomae import storage
-from audiomae.artifacts.embeddings import EmbeddingSet, Receipt, map_ahead
+from audiomae.artifacts.embeddings import EmbeddingSet, ShardReceipt
 from audiomae.artifacts.releases import Release, fetch
+from audiomae.artifacts.tables import map_ahead
 from audiomae.config import StrictConfig
 from audiomae.errors import UserError
 from audiomae.search import index as ann
@@ -223,11 +224,11 @@ def _add_set(
         new.ids.append(ids)
 
 
-def _read_ids(embeddings: EmbeddingSet, receipts: Sequence[Receipt]) -> Iterator[np.ndarray]:
-    def read(receipt: Receipt) -> np.ndarray:
+def _read_ids(embeddings: EmbeddingSet, receipts: Sequence[ShardReceipt]) -> Iterator[np.ndarray]:
+    def read(receipt: ShardReceipt) -> np.ndarray:
         path = embeddings.path / receipt.embeddings
-        with path.open("rb") as file:
-            return pq.read_table(file, columns=["id"]).column("id").to_numpy()
+        with path.open("rb") as file:  # a small part of the shard, which is checked whole when its rows are read
+            return pq.read_table(file, columns=["id"], page_checksum_verification=True).column("id").to_numpy()
 
     return map_ahead(read, receipts)
 

@@ -9,7 +9,7 @@ import psutil
 import pyarrow as pa
 import torch
 
-from audiomae.artifacts.embeddings import EmbedSettings
+from audiomae.artifacts.tables import EmbedSettings
 from audiomae.corpus.decode import probe
 from audiomae.corpus.manifest import open_source
 from audiomae.embedding.decoding import decode_item

@@ -13,7 +13,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
-from audiomae.artifacts.embeddings import read_receipts
+from audiomae.artifacts.embeddings import committed_shards
 from audiomae.cli import Progress
 from audiomae.corpus.decode import probe
 from audiomae.corpus.manifest import open_source
@@ -88,7 +88,7 @@ def run_passes(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology)
                     print(f"shard {report['shard']} was not finished: {report['message']}", file=sys.stderr)
                 else:
                     progress.update(report["inputs"])
-            committed = read_receipts(job.out, [entry.name for entry in pending])
+            committed = committed_shards(job.out)
             pending = [entry for entry in pending if entry.name not in committed]
             if not pending:
                 break

@@ -1,15 +1,20 @@
 """What an embedding job says of itself when it is done: counts, rates, which stage held the others up, cost."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from audiomae.artifacts.embeddings import EmbeddingSet, Receipt
+import pyarrow.compute as pc
+
+from audiomae.artifacts.embeddings import EmbeddingSet, ShardReceipt
+from audiomae.artifacts.tables import DAMAGED, FAILED
 from ray_jobs.embed.execution import Topology
+
+COUNTS = ("inputs", "rows", "failed", "damaged", "silent")
 
 
 def summarise(
     reports: Sequence[dict[str, Any]],
-    receipts: Iterable[Receipt],
+    receipts: Iterable[ShardReceipt],
     skipped: int,
     topology: Topology | None,
     elapsed_s: float,
@@ -66,6 +71,29 @@ def final_line(summary: dict[str, Any], failed: int) -> str:
 
 
 def failure_counts(embeddings: EmbeddingSet) -> list[tuple[str, int]]:
-    """Error classes of all failures, most frequent first."""
-    counts = embeddings.failures().group_by("error_class").aggregate([("uri", "count")]).to_pylist()
+    """Error classes of the inputs that failed, most frequent first."""
+    failures = embeddings.failures()
+    failed = failures.filter(pc.equal(failures["kind"], FAILED))
+    counts = failed.group_by("error_class").aggregate([("uri", "count")]).to_pylist()
     return sorted(((row["error_class"], row["uri_count"]) for row in counts), key=lambda pair: -pair[1])
+
+
+def counts_of(receipts: Iterable[ShardReceipt]) -> dict[str, int]:
+    """Totals over shards, as run.json records them: inputs = embedded + failed, windows = rows + silent."""
+    totals = dict.fromkeys(COUNTS, 0)
+    for receipt in receipts:
+        for name in COUNTS:
+            totals[name] += getattr(receipt, name)
+    return totals | {"embedded": totals["inputs"] - totals["failed"]}
+
+
+def accounting(counts: Mapping[str, int], planned: int) -> str:
+    """The line that says where every input went."""
+    unfinished = planned - counts["inputs"]
+    text = f"inputs {planned:,} = embedded {counts['embedded']:,} + failed {counts['failed']:,}"
+    text += f" + unfinished {unfinished:,}" if unfinished else ""
+    if counts["damaged"]:
+        text += f"; {counts['damaged']:,} of the embedded files are damaged (failures/, kind {DAMAGED})"
+    if counts["silent"]:
+        text += f"; {counts['silent']:,} windows are silent and were left out (silent/)"
+    return text

@@ -9,7 +9,8 @@ import pytest
 import soundfile as sf
 
 from audiomae import AudioEncoder
-from audiomae.artifacts.embeddings import EmbedSettings, commit_shard, embedding_schema, vectors_to_column
+from audiomae.artifacts.embeddings import ShardOrigin, ShardTables, commit_shard
+from audiomae.artifacts.tables import EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.errors import ConfigError, UserError
 from audiomae.metrics import score_protocol, summarise
 from audiomae.model.encoder import EncoderConfig
@@ -38,9 +39,8 @@ def write_embeddings(out: Path, corpus: Path, noise: float, encoder: str = "gone
         columns = {name: [row[name] for row in rows[part]] for name in ("uri", "start_s", "end_s", "label", "fold")}
         columns |= {"id": range(len(columns["uri"])), "embedding": vectors_to_column(vectors[part])}
         table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
-        commit_shard(
-            out, shard, table, FAILURES.empty_table(), settings=settings, manifest="m", inputs=len(table), audio_s=1.0
-        )
+        origin = ShardOrigin(inputs=len(table), audio_s=1.0, fingerprint=settings.fingerprint, manifest="m")
+        commit_shard(out, shard, ShardTables(table), origin)
     run = {"fingerprint": settings.fingerprint, "dim": 6, "encoder": encoder, "corpus_root": str(corpus)}
     write_json(out / "run.json", run)
     plan = {"generation": 0, "shards": [{"name": "s0"}, {"name": "s1"}], "settings": settings.model_dump(), "files": []}

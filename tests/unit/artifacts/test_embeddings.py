@@ -8,10 +8,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from audiomae.artifacts import embeddings as shards
-from audiomae.artifacts.embeddings import FAILURE_SCHEMA, EmbeddingSet, EmbedSettings, collect_garbage, commit_shard
+from audiomae.artifacts import receipts
+from audiomae.artifacts.embeddings import (
+    EmbeddingSet,
+    ShardOrigin,
+    ShardTables,
+    collect_garbage,
+    commit_shard,
+    read_receipt,
+    write_run,
+)
+from audiomae.artifacts.tables import (
+    FAILURE_SCHEMA,
+    SILENT_SCHEMA,
+    EmbedSettings,
+    embedding_schema,
+    map_ahead,
+    vectors_to_column,
+)
 from audiomae.errors import IntegrityError
-from audiomae.storage import read_json, write_json
+from audiomae.storage import write_json
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=4, sample_rate=16000, mode="windows", window_s=5, hop_s=5)
 
@@ -23,10 +39,10 @@ def table(rows: int, start: int = 0, settings: EmbedSettings = SETTINGS) -> pa.T
         pa.array([f"{number}.wav" for number in range(start, start + rows)]),
         pa.array(np.zeros(rows)),
         pa.array(np.full(rows, 5.0)),
-        shards.vectors_to_column(vectors.astype(np.float16 if settings.vector_dtype == "float16" else np.float32)),
+        vectors_to_column(vectors.astype(np.float16 if settings.vector_dtype == "float16" else np.float32)),
         pa.array(["rain"] * rows),
     ]
-    return pa.Table.from_arrays(columns, schema=shards.embedding_schema(settings, [pa.field("label", pa.string())]))
+    return pa.Table.from_arrays(columns, schema=embedding_schema(settings, [pa.field("label", pa.string())]))
 
 
 def failures(count: int) -> pa.Table:
@@ -45,12 +61,13 @@ def commit(out: Path, shard: str, rows: pa.Table, failed: int = 0, settings: Emb
     return commit_shard(
         out,
         shard,
-        rows,
-        failures(failed),
-        settings=settings,
-        manifest="m",
-        inputs=rows.num_rows + failed,
-        audio_s=5.0 * rows.num_rows,
+        ShardTables(rows, failures(failed)),
+        ShardOrigin(
+            inputs=rows.num_rows + failed,
+            audio_s=5.0 * rows.num_rows,
+            fingerprint=settings.fingerprint,
+            manifest="m",
+        ),
     )
 
 
@@ -96,8 +113,8 @@ def test_of_many_concurrent_attempts_one_wins(out: Path) -> None:
 
 def test_a_commit_whose_answer_was_lost_is_still_ours(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conditional put that succeeded, whose answer was lost, is refused when it is sent again."""
-    original = shards.put_if_absent
-    monkeypatch.setattr(shards, "put_if_absent", lambda path, data: original(path, data) and False)
+    original = receipts.put_if_absent
+    monkeypatch.setattr(receipts, "put_if_absent", lambda path, data: original(path, data) and False)
     assert commit(out, "a", table(3))
     monkeypatch.undo()
     assert EmbeddingSet.open(out).read().num_rows == 3
@@ -141,7 +158,7 @@ def test_files_of_an_update_being_planned_are_not_garbage(out: Path) -> None:
 
 def test_a_changed_shard_is_refused(out: Path) -> None:
     commit(out, "a", table(3))
-    path = out / read_json(out / "commits" / "a.json")["embeddings"]
+    path = out / read_receipt(out, "a").embeddings
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
@@ -182,11 +199,11 @@ def test_other_readers_need_no_help_of_ours(tmp_path: Path, dtype: str) -> None:
 
 
 def test_equal_shards_are_equal_bytes(tmp_path: Path) -> None:
-    receipts = []
+    checksums = []
     for name in ("one", "two"):
         commit(tmp_path / name, "a", table(100))
-        receipts.append(read_json(tmp_path / name / "commits" / "a.json")["sha256"])
-    assert receipts[0] == receipts[1]
+        checksums.append(read_receipt(tmp_path / name, "a").sha256)
+    assert checksums[0] == checksums[1]
 
 
 def test_map_ahead_keeps_order_and_bounds_what_waits() -> None:
@@ -196,7 +213,67 @@ def test_map_ahead_keeps_order_and_bounds_what_waits() -> None:
         started.append(number)
         return number * number
 
-    results = shards.map_ahead(work, range(100), ahead=3)
+    results = map_ahead(work, range(100), ahead=3)
     assert next(results) == 0
     assert len(started) <= 5
     assert list(results) == [number * number for number in range(1, 100)]
+
+
+def test_every_table_of_a_shard_is_committed_counted_and_read_back(out: Path) -> None:
+    row = {"uri": "0.wav", "start_s": 1.0, "end_s": 2.0, "stage": "decode", "error_class": "CorruptAudio"}
+    lost = [
+        row | {"kind": "damaged"},
+        row | {"kind": "damaged", "start_s": 3.0},
+        row | {"uri": "x.wav", "kind": "failed"},
+    ]
+    quiet = [{"uri": "1.wav", "start_s": 5.0, "end_s": 10.0, "reason": "digital silence", "peak_db": -90.5}]
+    tables = ShardTables(
+        table(3), pa.Table.from_pylist(lost, FAILURE_SCHEMA), pa.Table.from_pylist(quiet, SILENT_SCHEMA)
+    )
+    commit_shard(out, "a", tables, ShardOrigin(inputs=4, audio_s=15.0, fingerprint="f" * 64, manifest="m"))
+    receipt = read_receipt(out, "a")
+    assert (receipt.inputs, receipt.rows, receipt.failed, receipt.damaged, receipt.silent) == (4, 3, 1, 1, 1)
+    assert sorted(name.split("/")[0] for name in receipt.files) == ["embeddings", "failures", "silent"]
+    found = EmbeddingSet.open(out)
+    assert (found.failed, found.damaged) == (1, 1)
+    assert found.failures().to_pylist() == tables.failures.to_pylist()
+    assert found.silent().to_pylist() == quiet
+    commit(out, "b", table(3, start=3))
+    assert collect_garbage(out) == 0 and EmbeddingSet.open(out).silent().num_rows == 1
+
+
+def test_folders_of_older_versions_stay_readable(out: Path) -> None:
+    """Receipts without a seal, failures without a kind, a plan and a run.json without a seal."""
+    (out / "embeddings").mkdir()
+    (out / "failures").mkdir()
+    (out / "commits").mkdir()
+    old = failures(2).drop_columns(["kind"])
+    entries = {}
+    for name, content in (("embeddings/a-1.parquet", table(3)), ("failures/a-1.parquet", old)):
+        pq.write_table(content, out / name)
+        entries[name] = receipts.entry_of_file(out / name)
+    first, second = entries.values()
+    value = {"shard": "a", "attempt": "1", "inputs": 5, "rows": 3, "failed": 2, "audio_s": 15.0, "manifest": "m"}
+    value |= {"embeddings": "embeddings/a-1.parquet", "sha256": first.sha256, "bytes": first.bytes}
+    value |= {"failures": "failures/a-1.parquet", "failures_sha256": second.sha256, "fingerprint": "f" * 64}
+    write_json(out / "commits" / "a.json", value)
+    found = EmbeddingSet.open(out)
+    assert found.num_rows == 3 and (found.failed, found.damaged) == (2, 0)
+    assert found.failures()["kind"].to_pylist() == ["failed", "failed"] and found.silent().num_rows == 0
+    commit(out, "b", table(3, start=3))
+    assert collect_garbage(out) == 0
+    (out / "failures" / "a-1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(IntegrityError, match=r"failures/a-1.parquet: damaged: got sha256"):
+        found.failures()
+
+
+def test_a_damaged_receipt_plan_or_run_record_is_refused(out: Path) -> None:
+    commit(out, "a", table(3), failed=1)
+    write_run(out, SETTINGS.model_dump() | {"encoder": "enc", "corpus_root": "sounds"})
+    for name, old, new in (("commits/a.json", '"failed": 1', '"failed": 0'), ("run.json", "sounds", "soundz")):
+        text = (out / name).read_text()
+        (out / name).write_text(text.replace(old, new))
+        with pytest.raises(IntegrityError, match=rf"{name}: damaged"):
+            EmbeddingSet.open(out)
+        (out / name).write_text(text)
+    assert EmbeddingSet.open(out).num_rows == 3

@@ -1,6 +1,7 @@
 """The embedding of one shard: accounting, retries, batching, and vectors that do not depend on the batch."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audiomae.artifacts.embeddings import EmbedSettings, column_to_vectors
+from audiomae.artifacts.embeddings import ShardTables
+from audiomae.artifacts.tables import EmbedSettings, column_to_vectors
 from audiomae.corpus.manifest import clip_id
 from audiomae.embedding import decoding, embedder
-from audiomae.embedding.decoding import Clip, Item
+from audiomae.embedding.decoding import Clip, Damage, Item, Silent
 from audiomae.embedding.embedder import BatchEncoder, batches_by_length, embed_shard
+from audiomae.embedding.payload import Payload
 from audiomae.errors import ItemError
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
@@ -53,7 +56,7 @@ def encode(clips: Sequence[Clip]) -> np.ndarray:
 
 def test_rows_carry_ids_offsets_and_the_corpus_columns() -> None:
     result = embed_shard(items("a.wav", "b.wav"), lambda item: windows(2), encode, SETTINGS)
-    rows = result.table.to_pylist()
+    rows = result.tables.embeddings.to_pylist()
     assert [(row["uri"], row["start_s"], row["end_s"], row["label"]) for row in rows] == [
         ("a.wav", 0.0, 1.0, "a"),
         ("a.wav", 1.0, 2.0, "a"),
@@ -61,8 +64,8 @@ def test_rows_carry_ids_offsets_and_the_corpus_columns() -> None:
         ("b.wav", 1.0, 2.0, "b"),
     ]
     assert [row["id"] for row in rows] == [clip_id(row["uri"], row["start_s"], 1.0) for row in rows]
-    assert set(result.table.column_names) == {"id", "uri", "start_s", "end_s", "embedding", "label"}
-    assert result.audio_s == 4.0 and result.failures.num_rows == 0
+    assert set(result.tables.embeddings.column_names) == {"id", "uri", "start_s", "end_s", "embedding", "label"}
+    assert result.audio_s == 4.0 and result.tables.failures.num_rows == 0
 
 
 def test_a_file_that_breaks_half_way_leaves_a_reason_and_no_rows() -> None:
@@ -72,8 +75,8 @@ def test_a_file_that_breaks_half_way_leaves_a_reason_and_no_rows() -> None:
             raise ItemError("decode", "CorruptAudio", "lost sync")
 
     result = embed_shard(items("a.wav", "b.wav", "c.wav"), decode, encode, SETTINGS)
-    assert result.table["uri"].to_pylist() == ["a.wav", "a.wav", "c.wav", "c.wav"]
-    failure = result.failures.to_pylist()
+    assert result.tables.embeddings["uri"].to_pylist() == ["a.wav", "a.wav", "c.wav", "c.wav"]
+    failure = result.tables.failures.to_pylist()
     assert failure == [
         {
             "uri": "b.wav",
@@ -82,6 +85,7 @@ def test_a_file_that_breaks_half_way_leaves_a_reason_and_no_rows() -> None:
             "stage": "decode",
             "error_class": "CorruptAudio",
             "message": "lost sync",
+            "kind": "failed",
         }
     ]
 
@@ -96,8 +100,9 @@ def test_a_half_read_file_is_dropped_even_after_some_of_it_was_encoded(monkeypat
 
     streamed = embed_shard(items("a.wav", "b.wav", "c.wav"), decode, encode, SETTINGS)
     monkeypatch.setattr(embedder, "BUFFER_SAMPLES", 10**9)
-    assert streamed.table.equals(embed_shard(items("a.wav", "b.wav", "c.wav"), decode, encode, SETTINGS).table)
-    assert streamed.table.num_rows == 10
+    at_once = embed_shard(items("a.wav", "b.wav", "c.wav"), decode, encode, SETTINGS)
+    assert streamed.tables.embeddings.equals(at_once.tables.embeddings)
+    assert streamed.tables.embeddings.num_rows == 10
 
 
 @pytest.mark.parametrize(("broken_reads", "expected_rows"), [(2, 3), (3, 0)])
@@ -112,9 +117,9 @@ def test_a_read_that_fails_for_a_passing_reason_is_tried_again(broken_reads: int
         yield from [Clip(2.0, 3.0, np.ones(100, np.float32))]
 
     result = embed_shard(items("a.wav"), decode, encode, SETTINGS)
-    assert result.table.num_rows == expected_rows and len(reads) == 3
+    assert result.tables.embeddings.num_rows == expected_rows and len(reads) == 3
     if not expected_rows:
-        assert result.failures["message"].to_pylist() == ["503 Slow Down (tried 3 times)"]
+        assert result.tables.failures["message"].to_pylist() == ["503 Slow Down (tried 3 times)"]
 
 
 def test_no_samples_and_no_numbers_are_failures_too() -> None:
@@ -122,14 +127,58 @@ def test_no_samples_and_no_numbers_are_failures_too() -> None:
         return iter(()) if item["uri"] == "empty.wav" else windows(1, np.nan if item["uri"] == "nan.wav" else 1.0)
 
     result = embed_shard(items("a.wav", "empty.wav", "nan.wav"), decode, encode, SETTINGS)
-    assert result.table["uri"].to_pylist() == ["a.wav"]
-    assert sorted(result.failures["error_class"].to_pylist()) == ["EmptyAudio", "NonFiniteEmbedding"]
+    assert result.tables.embeddings["uri"].to_pylist() == ["a.wav"]
+    assert sorted(result.tables.failures["error_class"].to_pylist()) == ["EmptyAudio", "NonFiniteEmbedding"]
+
+
+def pieces(item: Item) -> Iterator[Clip | Silent | Damage]:
+    """a: a silent window and a lost span between two windows; b: silence alone; c: both, then it fails; d: damage."""
+    if item["uri"] == "d.wav":
+        yield Damage(0.0, None, "decode", "CorruptAudio", "lost sync")
+        return
+    yield Silent(0.0, 1.0, "digital silence", float("-inf"))
+    if item["uri"] == "b.wav":
+        return
+    yield from windows(1)
+    yield Damage(1.0, 1.5, "decode", "CorruptAudio", "lost sync")
+    if item["uri"] == "c.wav":
+        raise ItemError("decode", "CorruptAudio", "no end")
+    yield Clip(2.0, 3.0, np.ones(100, np.float32))
+
+
+def check_pieces(tables: ShardTables) -> None:
+    assert tables.counts() == {"rows": 2, "failed": 3, "damaged": 1, "silent": 2}
+    assert tables.embeddings["uri"].to_pylist() == ["a.wav", "a.wav"]
+    failures = [(row["uri"], row["kind"], row["error_class"], row["end_s"]) for row in tables.failures.to_pylist()]
+    assert failures == [
+        ("b.wav", "failed", "SilentAudio", None),
+        ("c.wav", "failed", "CorruptAudio", None),
+        ("d.wav", "failed", "CorruptAudio", None),
+        ("a.wav", "damaged", "CorruptAudio", 1.5),
+    ]
+    silent = {"start_s": 0.0, "end_s": 1.0, "reason": "digital silence", "peak_db": float("-inf")}
+    assert tables.silent.to_pylist() == [{"uri": "a.wav", **silent}, {"uri": "b.wav", **silent}]
+
+
+def test_silent_windows_and_damaged_spans_are_rows_of_their_own() -> None:
+    files = items("a.wav", "b.wav", "c.wav", "d.wav")
+    check_pieces(embed_shard(files, pieces, encode, SETTINGS).tables)
+
+
+def test_silent_windows_and_damaged_spans_cross_between_processes() -> None:
+    files = items("a.wav", "b.wav", "c.wav", "d.wav")
+    payload = Payload(began=0.0)
+    for number, item in enumerate(files.to_pylist()):
+        payload.decode(number, item, pieces)
+    arrived = Payload.unpack(payload.pack())
+    replay = partial(arrived.replay, otherwise=lambda item: pytest.fail("nothing is decoded again"))
+    check_pieces(embed_shard(files, replay, lambda clips: encode(clips), SETTINGS).tables)
 
 
 def test_one_vector_per_file_is_the_normalised_mean_of_its_windows() -> None:
     own = SETTINGS.model_copy(update={"mode": "file"})
     result = embed_shard(items("a.wav", "b.wav"), lambda item: windows(3 if item["uri"] == "a.wav" else 1), encode, own)
-    rows = result.table.to_pylist()
+    rows = result.tables.embeddings.to_pylist()
     assert [(row["uri"], row["start_s"], row["end_s"]) for row in rows] == [("a.wav", 0.0, 3.0), ("b.wav", 0.0, 1.0)]
     assert [row["id"] for row in rows] == [clip_id("a.wav", 0, 0), clip_id("b.wav", 0, 0)]
     mean = encode(list(windows(3))).mean(axis=0)
@@ -180,4 +229,4 @@ def test_a_shard_of_real_files_counts_its_padding(encoder: AudioEncoder) -> None
 
 def test_the_embedding_column_keeps_every_vector(tmp_path: Path) -> None:
     result = embed_shard(items("a.wav"), lambda item: windows(40), encode, SETTINGS)
-    np.testing.assert_array_equal(column_to_vectors(result.table["embedding"]), encode(list(windows(40))))
+    np.testing.assert_array_equal(column_to_vectors(result.tables.embeddings["embedding"]), encode(list(windows(40))))

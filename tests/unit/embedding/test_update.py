@@ -7,15 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from audiomae.artifacts.embeddings import (
-    FAILURE_SCHEMA,
-    EmbeddingSet,
-    EmbedSettings,
-    collect_garbage,
-    commit_shard,
-    embedding_schema,
-    vectors_to_column,
-)
+from audiomae.artifacts.embeddings import EmbeddingSet, ShardOrigin, ShardTables, collect_garbage, commit_shard
+from audiomae.artifacts.tables import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
 from audiomae.embedding import plan as planning
 from audiomae.embedding.update import copy_shard, difference, updated_plan
@@ -68,12 +61,16 @@ def carry_out(out: Path, plan: planning.Plan, bad: set[str] = frozenset()) -> li
         commit_shard(
             out,
             entry.name,
-            pa.Table.from_arrays(columns, schema=embedding_schema(SETTINGS, extra)),
-            pa.Table.from_pylist(failed, FAILURE_SCHEMA),
-            settings=SETTINGS,
-            manifest=plan.manifest_hash,
-            inputs=entry.items,
-            audio_s=5.0 * len(rows),
+            ShardTables(
+                pa.Table.from_arrays(columns, schema=embedding_schema(SETTINGS, extra)),
+                pa.Table.from_pylist(failed, FAILURE_SCHEMA),
+            ),
+            ShardOrigin(
+                inputs=entry.items,
+                audio_s=5.0 * len(rows),
+                fingerprint=SETTINGS.fingerprint,
+                manifest=plan.manifest_hash,
+            ),
         )
     return embedded
 

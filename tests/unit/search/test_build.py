@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from embedding_sets import clusters, make_release, make_set
 
+from audiomae.artifacts import receipts
 from audiomae.artifacts import releases as release
+from audiomae.artifacts.receipts import FileEntry
 from audiomae.errors import IntegrityError
 from audiomae.search import build
 from audiomae.search import index as ann
@@ -74,9 +76,10 @@ def test_the_training_sample_has_no_held_out_id_and_no_row_twice(work: Plan, tmp
 
 
 def test_a_shard_that_changes_meanwhile_is_refused(work: Plan, tmp_path: Path) -> None:
-    receipt = next((tmp_path / "a" / "commits").iterdir())
-    text = receipt.read_text()
-    receipt.write_text(text.replace('"sha256": "', '"sha256": "0'))
+    path = next((tmp_path / "a" / "commits").iterdir())
+    receipt = receipts.read(path)
+    files = {name: FileEntry("0" * 64) for name in receipt.files}
+    path.write_bytes(receipts.Receipt(files, receipt.facts).encode())
     with pytest.raises(IntegrityError, match="changed while it was indexed"):
         for part in work.parts:
             build.write_rows(part, str(tmp_path / "parts"))

@@ -15,6 +15,12 @@ class UserError(AudioMAEError):
     """Something the user can fix: a missing corpus, a mismatch, a lost race."""
 
 
+class ListingError(UserError):
+    """A listing (CSV, JSONL, Parquet) that cannot be read as one; the text names the column, line or encoding."""
+
+    exit_status = 2
+
+
 class ReleaseConflictError(UserError):
     """Another build published first, on the same base version; relaunching builds on theirs."""
 

@@ -28,6 +28,8 @@ def list_files(source: str, config: DataConfig) -> tuple[str, pa.Table]:
     """
     corpus = list_corpus(source)
     listing = pa.concat_tables(corpus.batches()).sort_by("uri").combine_chunks()
+    for line in corpus.notes.lines():
+        print(f"note: {line}")
     if config.filter:
         listing = listing.filter(pa.array(matches(listing, config.filter, "filter")))
         if len(listing) == 0:

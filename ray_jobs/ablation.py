@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from audiomae.cli import Progress, job_parser, run_job
 from audiomae.config import build_config, nearest
-from audiomae.corpus.sources import is_s3, join
+from audiomae.corpus.paths import is_s3, join
 from audiomae.errors import UserError
 from audiomae.storage import read_json, sha256_bytes, sha256_file, to_path, write_bytes
 from audiomae.training.recipe import TrainConfig

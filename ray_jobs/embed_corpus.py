@@ -22,7 +22,8 @@ from audiomae.artifacts.embeddings import (
 from audiomae.artifacts.tables import FAILED, EmbedSettings, map_ahead
 from audiomae.cli import job_parser, run_job
 from audiomae.config import StrictConfig, load_config
-from audiomae.corpus.manifest import Corpus, list_corpus
+from audiomae.corpus.columns import ColumnTypes, NullWords
+from audiomae.corpus.manifest import Corpus, ReadAs, list_corpus
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.plan import Plan, load_plan, new_plan, normalise_listing, read_items
 from audiomae.embedding.update import copy_shard, difference, updated_plan
@@ -46,6 +47,10 @@ class EmbedConfig(StrictConfig):
     encoder: str = Field(description="encoder folder or URI, official:PATH, timm:NAME or timm:local-dir:PATH")
     corpus: str = Field(description="folder, glob, s3:// prefix, .csv/.jsonl/.parquet listing or .tar shards")
     out: str = Field(description="where the embeddings go, local or s3://")
+    types: ColumnTypes = Field(
+        {}, description="of columns of the listing, e.g. label=int,fold=text (text, int, float, bool, date, timestamp)"
+    )
+    null_words: NullWords = Field((), description="unquoted words of a CSV that mean missing, e.g. NA,null")
     window_s: float | None = Field(None, gt=0, description="window length in seconds; default: the encoder's own")
     hop_s: float | None = Field(None, gt=0, description="distance between window starts; default: window_s")
     per_file: bool = Field(False, description="one vector per file, the mean over its windows")
@@ -86,10 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     began = time.time()
     config = parse_arguments(argv)
     settings = embed_settings(config)
-    corpus = list_corpus(config.corpus)
+    corpus = list_corpus(config.corpus, ReadAs(types=config.types, null_words=config.null_words))
     listing, duplicates = normalise_listing(corpus.batches())
     if duplicates:
         print(f"{duplicates:,} rows of the corpus repeat a uri; the first of each is used")
+    for line in corpus.notes.lines():
+        print(f"note: {line}")
     if config.dry_run:
         for name, value in estimate(config.encoder, settings, corpus.root, listing).items():
             print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value:,}")

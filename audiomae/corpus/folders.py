@@ -12,10 +12,13 @@ import botocore.exceptions  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audiomae.corpus.sources import is_s3, join, local_path, name_to_uri, s3_client, split_s3
+from audiomae.corpus.notes import Notes
+from audiomae.corpus.paths import is_s3, join, local_path, name_to_uri, scheme_of, split_s3
+from audiomae.corpus.sources import s3_client
 from audiomae.errors import UserError
 
 TABLE_ROWS = 8192
+SKIPPED = "files passed over by their names (hidden, a system's own, or no audio)"
 S3_PAGE_KEYS = 1000
 # fmt: off
 NOT_AUDIO = frozenset(
@@ -29,9 +32,16 @@ NOT_AUDIO = frozenset(
 )
 NOT_AUDIO_NAMES = frozenset(
     {
-        "readme", "license", "licence", "licenses", "copying", "changelog", "makefile", "dockerfile", "thumbs.db",
+        "readme", "license", "licence", "licenses", "copying", "changelog", "makefile", "dockerfile", "_success",
     }
 )
+SYSTEM_NAMES = frozenset(
+    {
+        "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin",
+        "recycler", "system volume information", "lost+found",
+    }
+)
+"""Files and folders that operating systems leave behind; compared in lower case with every part of a name."""
 AUDIO_SUFFIXES = frozenset(
     {
         ".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".m4a", ".aac", ".3gp", ".amr", ".caf",
@@ -49,26 +59,39 @@ class Entry(NamedTuple):
     content_id: str
 
 
+def is_hidden(uri: str) -> bool:
+    """Whether a part of a name is hidden (`.git/x.wav`, `._x.wav`) or a system's own (`__MACOSX/x`, `Thumbs.db`)."""
+    parts = uri.lower().split("/")
+    return not SYSTEM_NAMES.isdisjoint(parts) or any(part[:1] == "." and part not in (".", "..") for part in parts)
+
+
 def may_be_audio(uri: str) -> bool:
-    """False for hidden files and for names that say they are something else (LICENSES.md, cover.png, listing.csv)."""
-    name = uri.rpartition("/")[2]
-    stem, suffix = os.path.splitext(name.lower())
-    return not name.startswith(".") and suffix not in NOT_AUDIO and (bool(suffix) or stem not in NOT_AUDIO_NAMES)
+    """False for hidden and system files, and for names that say they are something else (LICENSES.md, cover.png)."""
+    stem, suffix = os.path.splitext(uri.rpartition("/")[2].lower())
+    return suffix not in NOT_AUDIO and (bool(suffix) or stem not in NOT_AUDIO_NAMES) and not is_hidden(uri)
 
 
-def tables(root: str, pattern: str | None) -> Callable[[], Iterator[pa.Table]]:
+def tables(root: str, pattern: str | None) -> Callable[[Notes], Iterator[pa.Table]]:
     """The listing of a folder or prefix, optionally only what matches a glob, as a function that starts it afresh."""
 
     @cache
     def labelled() -> bool:
         return _has_folders(root)
 
-    def stream() -> Iterator[pa.Table]:
-        entries = (entry for entry in _matching(root, pattern) if may_be_audio(entry.uri))
+    def stream(notes: Notes) -> Iterator[pa.Table]:
+        entries = _audio(_matching(root, pattern), notes)
         while rows := list(islice(entries, TABLE_ROWS)):
             yield to_table(rows, labelled())
 
     return stream
+
+
+def _audio(entries: Iterator[Entry], notes: Notes) -> Iterator[Entry]:
+    for entry in entries:
+        if may_be_audio(entry.uri):
+            yield entry
+        else:
+            notes.add(SKIPPED, entry.uri)
 
 
 def to_table(entries: list[Entry], labelled: bool) -> pa.Table:
@@ -87,7 +110,7 @@ def kind_of(src: str) -> str | None:
     """ "file", "folder", or `None` when there is nothing there."""
     if is_s3(src):
         bucket, key = split_s3(src)
-        if key and not key.endswith("/") and _s3_head(bucket, key) is not None:
+        if key and not key.endswith("/") and _is_object(bucket, key):
             return "file"
         return "folder" if next(_list_s3(src), None) is not None else None
     path = local_path(src)
@@ -100,27 +123,33 @@ def entry_of(root: str, uri: str) -> Entry:
     """Size and content id of one file, looked up."""
     full = join(root, uri)
     if is_s3(full):
-        head = _s3_head(*split_s3(full))
+        try:
+            head = _s3_head(*split_s3(full))
+        except PermissionError:
+            return Entry(uri, -1, "unreadable-403")
         return Entry(uri, -1, "missing") if head is None else Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
     return _local_entry(uri, os.fspath(local_path(full)))
 
 
 def glob_root(pattern: str) -> str:
-    """The folder of a glob: everything before the first component with a wildcard."""
+    """The folder of a glob: everything before the first component with a wildcard that no folder is called by."""
     parts = pattern.split("/")
-    first = next(index for index, part in enumerate(parts) if any(mark in part for mark in "*?["))
-    return "/".join(parts[:first]) or "/"
+    wild = [index for index, part in enumerate(parts) if any(mark in part for mark in "*?[")]
+    for index in wild:
+        if is_s3(pattern) or index == len(parts) - 1 or not local_path("/".join(parts[: index + 1])).is_dir():
+            return "/".join(parts[:index]) or "/"
+    return "/".join(parts[: wild[-1]]) or "/"
 
 
-def tar_shards(root: str, pattern: str | None) -> Iterator[Entry]:
+def tar_shards(root: str, pattern: str | None, notes: Notes) -> Iterator[Entry]:
     """The `.tar` files of a folder or glob."""
-    return (entry for entry in _matching(root, pattern) if entry.uri.endswith(".tar"))
+    return (entry for entry in _audio(_matching(root, pattern), notes) if entry.uri.lower().endswith(".tar"))
 
 
 def only_tars(src: str) -> bool:
     """Whether what lies directly in a folder is tar shards and nothing else that may be audio."""
     names = [name for name in islice(_top_names(src), 1000) if name.endswith("/") or may_be_audio(name)]
-    return bool(names) and all(name.endswith(".tar") for name in names)
+    return bool(names) and all(name.lower().endswith(".tar") for name in names)
 
 
 def _matching(root: str, pattern: str | None) -> Iterator[Entry]:
@@ -163,8 +192,8 @@ def _top_names(root: str) -> Iterator[str]:
     if not is_s3(root):
         with os.scandir(local_path(root)) as found:
             for item in found:
-                if not item.name.startswith("."):
-                    yield item.name + ("/" if item.is_dir() else "")
+                if not is_hidden(item.name):
+                    yield item.name + ("/" if _is_dir(item) else "")
         return
     bucket, prefix = _s3_prefix(root)
     for page in islice(_pages(root, Bucket=bucket, Prefix=prefix, Delimiter="/"), 20):
@@ -189,11 +218,11 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Itera
     empty = True
     for name in names:
         empty = False
-        if name.startswith(b"."):
-            continue
         path = os.path.join(folder, os.fsdecode(name))
         uri = prefix + name_to_uri(name)
         if name.endswith(b"/"):
+            if is_hidden(name_to_uri(name)):
+                continue
             yield from _walk(path, uri, (*above, here))
         else:
             yield _local_entry(uri, path)
@@ -205,7 +234,7 @@ def _sorted_names(folder: str) -> Iterator[bytes]:
     """Names in a folder, folders with a closing slash, sorted; held as Arrow bytes, not as Python objects."""
     chunks: list[pa.Array] = []
     with os.scandir(folder) as found:
-        names = (os.fsencode(item.name) + (b"/" if item.is_dir() else b"") for item in found)
+        names = (os.fsencode(item.name) + (b"/" if _is_dir(item) else b"") for item in found)
         while some := list(islice(names, 1 << 16)):
             chunks.append(pa.array(some, pa.large_binary()))
     column = pa.chunked_array(chunks, pa.large_binary())
@@ -216,6 +245,13 @@ def _sorted_names(folder: str) -> Iterator[bytes]:
             yield from column.take(order[start : start + TABLE_ROWS]).to_pylist()
 
     return stream()
+
+
+def _is_dir(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a symbolic link that leads to itself
+        return False
 
 
 def _local_entry(uri: str, path: str) -> Entry:
@@ -257,8 +293,9 @@ def _list_s3(uri: str) -> Iterator[Entry]:
     for page in _pages(uri, Bucket=bucket, Prefix=prefix):
         for item in page.get("Contents", []):
             name = item["Key"].removeprefix(prefix)
-            hidden = name.startswith(".") or "/." in name
-            if not hidden and not name.endswith("/"):  # the latter are the folder markers of S3 consoles
+            if not name.endswith("/"):  # those are the folder markers of S3 consoles
+                if name.startswith("/") or scheme_of(name) or name.startswith("file:/"):  # relative, it would not be
+                    name = f"s3://{bucket}/{item['Key']}"
                 yield Entry(name, item["Size"], item["ETag"].strip('"'))
 
 
@@ -266,9 +303,19 @@ def _s3_head(bucket: str, key: str) -> dict[str, Any] | None:
     try:
         head: dict[str, Any] = s3_client().head_object(Bucket=bucket, Key=key)
     except botocore.exceptions.ClientError as error:
-        if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey", "NotFound", "NoSuchBucket"):
+        code = error.response.get("Error", {}).get("Code")
+        if code in ("404", "NoSuchKey", "NotFound", "NoSuchBucket"):
             return None
-        raise UserError(f"s3://{bucket}/{key}: {error}") from None
+        if code in ("403", "AccessDenied", "Forbidden"):
+            raise PermissionError(f"s3://{bucket}/{key}: {error}") from None
+        raise UserError(f"corpus s3://{bucket}/{key} cannot be listed: {error}") from None
     except botocore.exceptions.BotoCoreError as error:
-        raise UserError(f"s3://{bucket}/{key}: {error}") from None
+        raise UserError(f"corpus s3://{bucket}/{key} cannot be listed: {error}") from None
     return head
+
+
+def _is_object(bucket: str, key: str) -> bool:
+    try:
+        return _s3_head(bucket, key) is not None
+    except PermissionError:  # a user who may only list gets 403 for a key that is not there
+        return False

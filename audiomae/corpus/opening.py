@@ -4,6 +4,7 @@
 samples, and every way to fail is a `DecodeError` with a stable class.
 """
 
+import errno
 import io
 import math
 import os
@@ -224,6 +225,8 @@ def _open_local(path: str) -> Iterator[BinaryIO]:
     except PermissionError:
         raise DecodeError("open", f"{path}: permission denied", "PermissionDenied") from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            raise DecodeError("open", f"{path}: a symbolic link that leads back to itself", "NotFound") from None
         raise DecodeError("open", f"{path}: {error}", "ReadFailed") from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):

@@ -3,10 +3,7 @@
 import io
 import os
 import random
-import re
-import tarfile
 import time
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,12 +13,13 @@ import botocore.exceptions  # type: ignore[import-untyped]
 import botocore.session  # type: ignore[import-untyped]
 import urllib3.exceptions
 
+from audiomae.corpus.paths import is_s3, join, local_path, scheme_of, split_s3
+from audiomae.corpus.tars import Directory, read_directory, split_member
 from audiomae.errors import DecodeError
 
 WHOLE_BYTES = 16 << 20  # objects up to this size are read in one go, larger ones through ranged reads
 RANGE_BYTES = 4 << 20
 ATTEMPTS = 6
-TAR_MEMBER = re.compile(r"(.+?\.tar)#(.+)", re.DOTALL)
 BODY_ERRORS = (
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.IncompleteReadError,
@@ -47,38 +45,43 @@ def open_source(root: str, uri: str, offset: int | None = None, size: int | None
         DecodeError: stage "open" (NotFound, PermissionDenied) or "read" (ReadFailed, after retries).
     """
     full = join(root, uri)
-    member = TAR_MEMBER.fullmatch(full)
-    if member:
-        return _open_member(member[1], member[2], offset, size)
+    if member := _tar_member(full, offset):
+        return _open_member(*member, offset, size)
+    if full.lower().endswith(".tar") and (reason := _tar_as_audio(full)):
+        raise reason
     if is_s3(full):
         return _open_s3(full)
+    if scheme := scheme_of(full):
+        raise DecodeError("open", f"{uri}: {scheme}:// is not read; expected a path, file:// or s3://", "NotFound")
     return local_path(full)
 
 
-def join(root: str, uri: str) -> str:
-    """`uri` under `root`, or `uri` itself where it is absolute."""
-    if not root or uri.startswith("/") or "://" in uri:
-        return uri.removeprefix("file://")
-    return f"{root.rstrip('/')}/{uri}"
+def _tar_member(full: str, offset: int | None) -> tuple[str, str] | None:
+    """(tar, member) where `full` names a member of a tar and not a file that is merely called so."""
+    splits = list(split_member(full))
+    if not splits:
+        return None
+    if is_s3(full):
+        return splits[0] if offset is not None or not _s3_exists(full) else None
+    if os.path.lexists(local_path(full)):
+        return None
+    return next((split for split in splits if os.path.isfile(local_path(split[0]))), splits[0])
 
 
-def is_s3(uri: str) -> bool:
-    """Whether the URI names an S3 object or prefix."""
-    return uri.startswith("s3://")
+def _tar_as_audio(tar: str) -> DecodeError | None:
+    """Why a tar shard is itself a row that fails; `None` for what only has the name of one."""
+    directory = tar_directory(tar)
+    if not directory.members:
+        return None
+    if directory.fault:
+        return DecodeError("open", f"{tar}: {_broken(directory)}", "CorruptAudio")
+    return DecodeError("open", f"{tar}: a tar among audio files; give tar shards as a corpus of their own", "NotAFile")
 
 
-def name_to_uri(name: bytes) -> str:
-    r"""A file name as text. Bytes that are not UTF-8 are spelled `\xNN`; `local_path` finds such a file again."""
-    return name.decode("utf-8", "backslashreplace")
-
-
-def local_path(text: str) -> Path:
-    r"""The local path that `text` names, `\xNN` spellings of undecodable bytes included."""
-    path = Path(text)
-    if "\\x" in text and not os.path.lexists(path):
-        raw = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes.fromhex(found[1].decode()), os.fsencode(text))
-        return Path(os.fsdecode(raw))
-    return path
+def _broken(directory: Directory) -> str:
+    last = next(reversed(directory.members), None)
+    where = f"after member {last!r}" if last else "at its start"
+    return f"not a whole tar file: {directory.fault}, {where}; the members before are rows of their own"
 
 
 # --- S3 ---------------------------------------------------------------------------------------------------------------
@@ -100,12 +103,6 @@ def _client(_endpoint: str | None, _process: int) -> Any:
         max_pool_connections=32,
     )
     return botocore.session.get_session().create_client("s3", config=config)
-
-
-def split_s3(uri: str) -> tuple[str, str]:
-    """(bucket, key) of `s3://bucket/key`."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
 
 
 def s3_error(uri: str, error: Exception) -> DecodeError:
@@ -163,10 +160,10 @@ def _open_s3(uri: str) -> bytes | BinaryIO:
 
 def open_s3_file(uri: str, size: int, start: int = 0) -> BinaryIO:
     """A seekable, buffered file over `size` bytes of an S3 object from `start`; 4 MiB of it in memory at a time."""
-    return io.BufferedReader(_Ranges(lambda at, count: s3_read(uri, start + at, count)[0], size, uri), RANGE_BYTES)
+    return io.BufferedReader(Ranges(lambda at, count: s3_read(uri, start + at, count)[0], size, uri), RANGE_BYTES)
 
 
-class _Ranges(io.RawIOBase):
+class Ranges(io.RawIOBase):
     """A read-only file made of ranged reads."""
 
     def __init__(self, read_range: Any, size: int, name: str) -> None:
@@ -197,24 +194,29 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
+def _s3_exists(uri: str) -> bool:
+    bucket, key = split_s3(uri)
+    try:
+        s3_client().head_object(Bucket=bucket, Key=key)
+    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
+        return False
+    return True
+
+
 # --- tar shards -------------------------------------------------------------------------------------------------------
 
 
-def tar_members(tar: str) -> Iterator[tuple[str, int, int]]:
-    """(member name, offset of its bytes, size) of every regular file in a local or S3 tar, in order.
+def tar_directory(tar: str, wanted: Any = lambda name, size: False) -> Directory:
+    """What a local or S3 tar holds (`tars.read_directory`).
 
     Raises:
-        DecodeError: the tar cannot be opened, or is not a tar, or breaks off (after the members before the break).
+        DecodeError: it cannot be opened or read; a tar that breaks off is no error but has a `fault`.
     """
     with _open_tar_file(tar) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for member in archive:
-                    archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has seen otherwise
-                    if member.isfile():
-                        yield member.name, member.offset_data, member.size
-        except (tarfile.TarError, EOFError) as error:
-            raise DecodeError("open", f"{tar}: not a whole tar file: {error}", "CorruptAudio") from None
+            return read_directory(file, wanted)
+        except OSError as error:
+            raise DecodeError("read", f"{tar}: {error}", "ReadFailed") from None
 
 
 def read_range(file_uri: str, offset: int, size: int) -> bytes:
@@ -244,21 +246,25 @@ def _open_local_file(name: str) -> BinaryIO:
 
 
 @lru_cache(maxsize=8)
-def _tar_directory(tar: str, _identity: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    return {name: (offset, size) for name, offset, size in tar_members(tar)}
+def _cached_directory(tar: str, _identity: tuple[int, int]) -> Directory:
+    return tar_directory(tar)
 
 
 def _open_member(tar: str, name: str, offset: int | None, size: int | None) -> bytes | BinaryIO:
-    if offset is None or size is None:
+    if offset is None or size is None or size < 0:
         identity = (0, 0)
         if not is_s3(tar):
             with _open_local_file(tar) as file:
                 status = os.fstat(file.fileno())
                 identity = (status.st_mtime_ns, status.st_size)
-        place = _tar_directory(tar, identity).get(name)
-        if place is None:
-            raise DecodeError("open", f"{tar}: no member {name!r}", "NotFound")
-        offset, size = place
+        directory = _cached_directory(tar, identity)
+        member = directory.members.get(name)
+        if member is None:
+            broken = f" ({_broken(directory)})" if directory.fault else ""
+            raise DecodeError("open", f"{tar}: no member {name!r}{broken}", "NotFound")
+        if member.offset is None:
+            raise DecodeError("open", f"{tar}#{name}: {member.reason}", "NotFound")
+        offset, size = member.offset, member.size
     if size <= WHOLE_BYTES:
         data = read_range(tar, offset, size)
         if len(data) != size:
@@ -268,5 +274,5 @@ def _open_member(tar: str, name: str, offset: int | None, size: int | None) -> b
         return open_s3_file(tar, size, offset)
     start = offset
     return io.BufferedReader(
-        _Ranges(lambda at, count: read_range(tar, start + at, count), size, f"{tar}#{name}"), RANGE_BYTES
+        Ranges(lambda at, count: read_range(tar, start + at, count), size, f"{tar}#{name}"), RANGE_BYTES
     )

@@ -20,8 +20,9 @@ from upath import UPath
 
 from audiomae.artifacts.embeddings import new_attempt, plans, read_latest_plan
 from audiomae.artifacts.receipts import FileEntry, Receipt, entry_of, read_file
-from audiomae.artifacts.tables import RESERVED_COLUMNS, EmbedSettings, read_parquet
+from audiomae.artifacts.tables import EmbedSettings, read_parquet
 from audiomae.config import StrictConfig
+from audiomae.corpus.columns import own_names
 from audiomae.errors import UserError
 from audiomae.storage import read_bytes, sha256_bytes, to_path, write_bytes
 
@@ -87,8 +88,8 @@ def normalise_listing(batches: Iterator[pa.Table]) -> tuple[pa.Table, int]:
     table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({"uri": []})
     if not table.num_rows:
         raise UserError("the corpus lists no audio files; check --corpus (a folder, glob, s3:// prefix or listing)")
-    clashing = {*RESERVED_COLUMNS, *OWN_COLUMNS} - {"uri", "size", "content_id"}
-    table = table.rename_columns([f"corpus_{name}" if name in clashing else name for name in table.column_names])
+    names = own_names(table.column_names, keep=("uri", "size", "content_id", "tar_offset"))
+    table = table.rename_columns([names[name] for name in table.column_names])
     table = table.sort_by("uri").combine_chunks()
     uris = table["uri"]
     first = np.ones(table.num_rows, bool)

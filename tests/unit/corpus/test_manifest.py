@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from audiomae.artifacts.embeddings import EmbedSettings
 from audiomae.corpus import folders, listings, sources
 from audiomae.corpus.decode import decode
 from audiomae.corpus.manifest import clip_id, list_corpus, open_source
-from audiomae.errors import DecodeError, UserError
+from audiomae.embedding.decoding import decode_item
+from audiomae.errors import DecodeError, ItemError, UserError
 from audiomae.storage import to_path, write_bytes
 from tests.faulty_s3 import every, faulty_s3
 
@@ -160,6 +162,49 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert uris(tmp_path / "corpus") == ["a/1.wav", "linked/2.wav"]
 
 
+def test_links_that_lead_to_themselves_are_rows_that_fail(tmp_path: Path) -> None:
+    put(tmp_path, "a.wav", "d/b.wav")
+    for link, target in (
+        ("self.wav", "self.wav"),
+        ("d/one.wav", "two.wav"),
+        ("d/two.wav", "one.wav"),
+        ("self", "self"),
+    ):
+        (tmp_path / link).symlink_to(target)
+    rows = {row["uri"]: row["size"] for row in read(tmp_path)}
+    good = len(sound())
+    assert rows == {"a.wav": good, "d/b.wav": good, "d/one.wav": -1, "d/two.wav": -1, "self": -1, "self.wav": -1}
+    settings = EmbedSettings(fingerprint="f", dim=4, sample_rate=RATE, mode="windows", window_s=1, hop_s=1)
+    for uri in (uri for uri, size in rows.items() if size < 0):
+        with pytest.raises(ItemError, match="symbolic link") as caught:
+            list(decode_item({"uri": uri}, str(tmp_path), settings))
+        assert not caught.value.passing
+
+
+def test_skip_lists_hold_for_every_name(root: str) -> None:
+    put(
+        root, "a.wav", "Thumbs.db", "d/Thumbs.db", "d/THUMBS.DB", "d/.DS_Store", "d/._x.wav", "d/desktop.ini", "d/b.wav"
+    )
+    put(root, "__MACOSX/x.wav", "d/@eaDir/x.wav", "d/.hidden/x.wav", "$RECYCLE.BIN/x.wav", "d/_SUCCESS", "d/LICENSE")
+    corpus = list_corpus(root)
+    names = [uri for table in corpus.batches() for uri in table["uri"].to_pylist()]
+    assert names == ["a.wav", "d/b.wav"]
+    assert "files passed over by their names" in "\n".join(corpus.notes.lines())
+
+
+def test_keys_that_would_not_be_relative(s3_bucket: str) -> None:
+    put(f"{s3_bucket}/x", "a.wav")
+    bucket = s3_bucket.removeprefix("s3://")
+    keys = ["x//double.wav", "x/file:/b.wav", "x/http://c.wav", "x/d//e.wav", "x/./f.wav", "x/g?#*[.wav"]
+    for number, key in enumerate(keys):
+        sources.s3_client().put_object(Bucket=bucket, Key=key, Body=sound(number))
+    corpus = list_corpus(f"{s3_bucket}/x")
+    rows = pa.concat_tables(corpus.batches()).to_pylist()
+    assert len(rows) == len(keys) + 1
+    for row in rows:
+        assert isinstance(open_source(corpus.root, row["uri"]), bytes)
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     raw = os.path.join(os.fsencode(tmp_path), b"caf\xe9.wav")
     with open(raw, "wb") as file:  # noqa: PTH123 (a name that pathlib prints but cannot spell)
@@ -273,7 +318,8 @@ def test_listing_may_name_files_anywhere(tmp_path: Path, s3_bucket: str) -> None
 
 def test_listing_s_own_sizes_are_taken(tmp_path: Path) -> None:
     path = listing(str(tmp_path), "list.csv", "uri,size,content_id\na.wav,5,x\n")
-    assert read(path) == [{"uri": "a.wav", "size": 5, "content_id": "x"}]
+    expected = {"uri": "a.wav", "size": 5, "content_id": "x", "listing_size": 5, "listing_content_id": "x"}
+    assert read(path) == [expected]
 
 
 def test_names_of_the_embedding_table_are_set_aside(tmp_path: Path) -> None:

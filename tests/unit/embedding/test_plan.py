@@ -71,7 +71,7 @@ def test_listings_are_sorted_deduplicated_and_freed_of_our_names() -> None:
     )
     result, duplicates = planning.normalise_listing(iter([table]))
     assert (result["uri"].to_pylist(), duplicates) == (["a", "b"], 1)
-    assert result.column_names == ["uri", "size", "content_id", "corpus_id", "corpus_shard"]
+    assert result.column_names == ["uri", "size", "content_id", "listing_id", "listing_shard"]
     with pytest.raises(UserError, match="lists no audio"):
         planning.normalise_listing(iter([]))
 

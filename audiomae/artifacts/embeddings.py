@@ -18,7 +18,7 @@ receipts alone; `collect_garbage` removes what no receipt names once every shard
 
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -50,6 +50,7 @@ from audiomae.storage import list_names, sha256_bytes, to_path, write_bytes
 
 EMBEDDINGS, FAILURES, SILENT = "embeddings", "failures", "silent"
 FIX_SHARD = "restore it, or delete the shard's commits/*.json and relaunch the embed_corpus job to embed it again"
+PRECISION_FILE = "precision.json"
 FIX_RUN = "relaunch the embed_corpus job that wrote it"
 # the keys of what older versions wrote without a seal
 # fmt: off
@@ -87,12 +88,16 @@ class ShardTables:
 
 
 class ShardOrigin(StrictConfig):
-    """What a shard was made from: how many inputs and seconds of audio, by which encoder, of which manifest."""
+    """What a shard was made from: how many inputs and seconds of audio, by which encoder, of which manifest.
+
+    `precision` is that of the encoder's arithmetic, `float32` or `bfloat16`; None where it was not recorded yet.
+    """
 
     inputs: int
     audio_s: float
     fingerprint: str
     manifest: str
+    precision: str | None = None
 
 
 class ShardReceipt(ShardOrigin):
@@ -156,6 +161,30 @@ def commit_shard(out: str | UPath, shard: str, tables: ShardTables, origin: Shar
     for name in files:
         (out / name).unlink()
     return False
+
+
+def agree_on_precision(out: str | UPath, wanted: str) -> str:
+    """The precision of everything that is embedded into `out`: `wanted`, unless another one was settled before.
+
+    The first worker settles it for all others, on whatever machines they run: `DIR/precision.json`, created exclusively.
+    """
+    path = to_path(out) / PRECISION_FILE
+    if receipts.create_exclusively(path, receipts.seal({"precision": wanted})):
+        return wanted
+    return str(receipts.read_sealed(path, frozenset(), FIX_RUN)["precision"])
+
+
+def settled_precision(out: str | UPath) -> str | None:
+    """What `agree_on_precision` settled for this folder; None when nothing was embedded into it yet."""
+    try:
+        return str(receipts.read_sealed(to_path(out) / PRECISION_FILE, frozenset(), FIX_RUN)["precision"])
+    except FileNotFoundError:
+        return None
+
+
+def joined_precision(precisions: Iterable[str | None]) -> str | None:
+    """One name for what several shards or sets were embedded in: `float32`, `bfloat16+float32`; None if unrecorded."""
+    return "+".join(sorted({precision for precision in precisions if precision})) or None
 
 
 def receipt_path(out: str | UPath, shard: str) -> UPath:
@@ -266,6 +295,11 @@ class EmbeddingSet:
     @property
     def settings(self) -> EmbedSettings:
         return EmbedSettings(**self.plan["settings"])
+
+    @property
+    def precision(self) -> str | None:
+        """Of the encoder's arithmetic, as the shards' receipts say; None where it was not recorded."""
+        return joined_precision(receipt.precision for receipt in self.receipts.values())
 
     @property
     def dim(self) -> int:

@@ -13,7 +13,7 @@ from functools import partial
 import pyarrow as pa
 import torch
 
-from audiomae.artifacts.embeddings import ShardOrigin, commit_shard, is_committed
+from audiomae.artifacts.embeddings import ShardOrigin, agree_on_precision, commit_shard, is_committed
 from audiomae.embedding.decoding import EmbedJob, Item, decoder_of
 from audiomae.embedding.embedder import BatchEncoder, ShardResult, embed_shard
 from audiomae.embedding.payload import Payload
@@ -47,6 +47,9 @@ class _Embedder:
         torch.set_num_threads(job.threads)
         self.job = job
         encoder = AudioEncoder.load(job.encoder, device=job.device, dtype=job.dtype)
+        precision = agree_on_precision(job.out, encoder.precision)
+        if job.dtype == "auto":  # as this folder began, also on a machine that would choose otherwise
+            encoder.precision = precision
         if encoder.fingerprint != job.settings.fingerprint:
             raise IntegrityError(
                 f"{job.encoder}: fingerprint {encoder.fingerprint}, expected {job.settings.fingerprint} (the plan): "
@@ -64,6 +67,7 @@ class _Embedder:
             audio_s=result.audio_s,
             fingerprint=job.settings.fingerprint,
             manifest=job.manifest,
+            precision=self.encode.encoder.precision,
         )
         won = commit_shard(job.out, entry.name, result.tables, origin)
         counts = result.tables.counts()

@@ -57,7 +57,7 @@ class AudioEncoder(nn.Module):
         self.pooling = Pooling(config.pooling, self.backbone.dim, config.backbone.grid[1])
         self.projection = _projection(self.pooling.out_dim, config.projection)
         self.text_projection = nn.Linear(config.text.dim, self.dim) if config.text else None
-        self.compute_dtype = torch.float32
+        self.precision = "float32"  # of the arithmetic: or bfloat16, by autocast
         self._text_tower: TextTower | None = None
         self._text_source: UPath | None = None
         self._known_fingerprint: tuple[object, str] | None = None
@@ -99,7 +99,7 @@ class AudioEncoder(nn.Module):
         else:
             encoder = cls._load_dir(text, with_decoder)
         chosen = pick_device(device)
-        encoder.compute_dtype = getattr(torch, pick_precision(dtype, chosen))
+        encoder.precision = pick_precision(dtype, chosen)
         known = encoder.fingerprint
         encoder.to(chosen).eval()
         encoder._known_fingerprint = (encoder._stamp(), known)
@@ -114,7 +114,7 @@ class AudioEncoder(nn.Module):
         config = self.config.model_copy(update={"pooling": pooling})
         encoder = AudioEncoder.from_config(config, with_decoder=getattr(self.backbone, "decoder", None) is not None)
         encoder.backbone.load_state_dict(self.backbone.state_dict())
-        encoder.compute_dtype = self.compute_dtype
+        encoder.precision = self.precision
         return encoder.to(self.device)
 
     @classmethod
@@ -279,9 +279,9 @@ class AudioEncoder(nn.Module):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 autocast when the encoder was loaded so; else leaves the caller's precision alone."""
-        if self.compute_dtype == torch.float32:
+        if self.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @torch.inference_mode()
     def embed(self, clips: Sequence[Clip], batch_size: int = 32) -> np.ndarray:

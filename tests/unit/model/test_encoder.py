@@ -149,8 +149,8 @@ def test_bfloat16_stays_close_to_float32(tmp_path):
 def test_auto_is_float32_on_every_cpu(tmp_path, monkeypatch, native):
     monkeypatch.setattr("audiomae.model.devices.native_bfloat16", lambda device: native)
     make().save(tmp_path)
-    assert AudioEncoder.load(tmp_path, device="cpu").compute_dtype == torch.float32
-    assert AudioEncoder.load(tmp_path, device="cpu", dtype="bfloat16").compute_dtype == torch.bfloat16
+    assert AudioEncoder.load(tmp_path, device="cpu").precision == "float32"
+    assert AudioEncoder.load(tmp_path, device="cpu", dtype="bfloat16").precision == "bfloat16"
     assert pick_precision("auto", torch.device("cuda")) == ("bfloat16" if native else "float32")
     assert pick_precision("float32", torch.device("cuda")) == "float32"
     with pytest.raises(ValueError, match="auto, float32 or bfloat16"):

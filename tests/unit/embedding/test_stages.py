@@ -1,0 +1,46 @@
+"""What the workers of one job agree on before they encode."""
+
+from pathlib import Path
+
+import pytest
+
+from audiomae.artifacts.embeddings import agree_on_precision, joined_precision, settled_precision
+from audiomae.artifacts.tables import EmbedSettings
+from audiomae.embedding.decoding import EmbedJob
+from audiomae.embedding.stages import FusedStage
+from audiomae.model.audiomae import AudioMAEConfig
+from audiomae.model.encoder import AudioEncoder, EncoderConfig
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> EmbedJob:
+    folder = tmp_path_factory.mktemp("encoder")
+    encoder = AudioEncoder.from_config(EncoderConfig(backbone=AudioMAEConfig(size="debug")), seed=0)
+    encoder.save(folder)
+    settings = EmbedSettings(
+        fingerprint=encoder.fingerprint, dim=encoder.dim, sample_rate=16_000, mode="windows", window_s=2, hop_s=2
+    )
+    return EmbedJob(out="", encoder=str(folder), root="", settings=settings, manifest="m", device="cpu")
+
+
+def precision_of(job: EmbedJob, out: Path, dtype: str = "auto") -> str:
+    return FusedStage(job.model_copy(update={"out": str(out), "dtype": dtype})).encode.encoder.precision
+
+
+def test_workers_on_unlike_machines_compute_in_one_precision(job: EmbedJob, tmp_path: Path) -> None:
+    assert settled_precision(tmp_path) is None
+    assert precision_of(job, tmp_path / "cpu") == "float32" == settled_precision(tmp_path / "cpu")
+    # the first worker had a GPU with bfloat16: this one has none and follows
+    assert agree_on_precision(tmp_path / "gpu", "bfloat16") == "bfloat16"
+    assert precision_of(job, tmp_path / "gpu") == "bfloat16"
+
+
+def test_a_precision_that_was_asked_for_is_kept(job: EmbedJob, tmp_path: Path) -> None:
+    agree_on_precision(tmp_path, "float32")
+    assert precision_of(job, tmp_path, "bfloat16") == "bfloat16"
+
+
+def test_several_precisions_have_one_name() -> None:
+    assert joined_precision([None, None]) is None
+    assert joined_precision(["float32", None, "float32"]) == "float32"
+    assert joined_precision(["float32", "bfloat16"]) == "bfloat16+float32"

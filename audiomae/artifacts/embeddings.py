@@ -166,7 +166,7 @@ def commit_shard(out: str | UPath, shard: str, tables: ShardTables, origin: Shar
 def agree_on_precision(out: str | UPath, wanted: str) -> str:
     """The precision of everything that is embedded into `out`: `wanted`, unless another one was settled before.
 
-    The first worker settles it for all others, whatever machines they run on: `DIR/precision.json`, created exclusively.
+    The first worker settles it for all, whatever machines they run on: `DIR/precision.json`, created exclusively.
     """
     path = to_path(out) / PRECISION_FILE
     if receipts.create_exclusively(path, receipts.seal({"precision": wanted})):

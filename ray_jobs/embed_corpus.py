@@ -21,7 +21,7 @@ from audiomae.artifacts.embeddings import (
 )
 from audiomae.artifacts.tables import FAILED, EmbedSettings, map_ahead
 from audiomae.cli import job_parser, run_job
-from audiomae.config import StrictConfig, load_config
+from audiomae.config import load_config
 from audiomae.corpus.columns import ColumnTypes, NullWords
 from audiomae.corpus.manifest import Corpus, ReadAs, list_corpus
 from audiomae.embedding.decoding import EmbedJob
@@ -30,10 +30,12 @@ from audiomae.embedding.update import copy_shard, difference, updated_plan
 from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.storage import to_path
+from ray_jobs._placement import PlacementConfig
 from ray_jobs._ray import connect
 from ray_jobs.embed.estimate import estimate
-from ray_jobs.embed.execution import choose_topology, cluster_size, probe_durations, run_passes
+from ray_jobs.embed.execution import probe_durations, run_passes
 from ray_jobs.embed.summary import accounting, counts_of, failure_counts, final_line, summarise
+from ray_jobs.embed.topology import choose_topology
 
 ENCODER_KINDS = ("official:", "timm:local-dir:")
 EXAMPLE = (
@@ -41,7 +43,7 @@ EXAMPLE = (
 )
 
 
-class EmbedConfig(StrictConfig):
+class EmbedConfig(PlacementConfig):
     """All settings of the job; each is a flag of the same name."""
 
     encoder: str = Field(description="encoder folder or URI, official:PATH, timm:NAME or timm:local-dir:PATH")
@@ -60,15 +62,9 @@ class EmbedConfig(StrictConfig):
     )
     dry_run: bool = Field(False, description="only say what it would take: files, audio hours, time, disk, memory")
     max_failure_rate: float = Field(0.5, ge=0, le=1, description="fail when more than this share of the files failed")
-    topology: Literal["auto", "fused", "split"] = Field(
-        "auto", description="fused: workers decode and encode; split: decode tasks feed encoders; auto: split with GPUs"
-    )
-    workers: int | None = Field(None, ge=1, description="encode workers; default: one per CPU (fused) or GPU (split)")
-    threads: int = Field(1, ge=1, description="torch threads of each worker")
     batch_size: int | None = Field(
         None, ge=1, description="windows per encoder call; default: 8 on a CPU, 256 on a GPU"
     )
-    device: str = Field("auto", description="torch device of the encoders")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the encoder's arithmetic; auto: bfloat16 on a GPU that has it, float32 on every CPU"
     )
@@ -214,7 +210,7 @@ def embed(config: EmbedConfig, plan: Plan, began: float) -> dict[str, Any]:
     if not pending:
         return summarise([], [], skipped, None, time.time() - began, config.price_per_hour)
     connect()
-    topology = choose_topology(config.topology, config.workers, len(pending), *cluster_size())
+    topology = choose_topology(config, len(pending))
     print(f"{sum(entry.items for entry in pending):,} files in {len(pending):,} shards, {topology.describe()}")
     job = EmbedJob(
         out=str(to_path(config.out)),

@@ -5,6 +5,8 @@ the same cores, since nothing crosses between processes. `decode_shards` and `En
 on a GPU: windows cross as int16 (`payload.py`).
 """
 
+import os
+import socket
 import threading
 import time
 import traceback
@@ -27,6 +29,7 @@ REPORT_SCHEMA = pa.schema(
         ("status", pa.string()),  # committed | duplicate | error
         ("message", pa.string()),
         ("worker", pa.string()),
+        ("device", pa.string()),
         ("inputs", pa.int64()),
         ("clips", pa.int64()),
         ("failed", pa.int64()),
@@ -56,7 +59,7 @@ class _Embedder:
                 "the encoder was replaced while the job ran; restore it or embed into a fresh folder"
             )
         self.encode = BatchEncoder(encoder, job.batch_size)
-        self.worker = f"{threading.get_native_id()}"
+        self.worker, self.device = f"{socket.gethostname()}-{os.getpid()}", str(encoder.device)
 
     def commit(self, entry: ShardEntry, result: ShardResult, began: float) -> Item:
         """Commit a shard and report on it."""
@@ -76,6 +79,7 @@ class _Embedder:
             "shard": entry.name,
             "status": "committed" if won else "duplicate",
             "worker": self.worker,
+            "device": self.device,
             "inputs": entry.items,
             "clips": counts["rows"],
             "failed": counts["failed"],

@@ -3,9 +3,8 @@
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
@@ -22,55 +21,14 @@ from audiomae.embedding.payload import decode_shards
 from audiomae.embedding.plan import ShardEntry
 from audiomae.embedding.stages import EncodeStage, FusedStage
 from audiomae.errors import DecodeError
+from ray_jobs._cluster import hint, notice_of_waiting
 from ray_jobs._ray import quiet_data_context
+from ray_jobs.embed.topology import DECODERS_ANNOUNCED, Topology
 
-PASSES = 4
-RESERVED_CPU = 0.5  # left free in all: a pool that holds every CPU stops whatever else Ray must run
+PASSES = 4  # in a row that finish no shard
 PROBES_PER_TASK = 32
 # a lost worker is replaced for as long as the job runs, but a shard that keeps killing its worker is given up
 WORKER_FAULTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 1}
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Where decoding and encoding happen, how many of each, and what each asks of Ray."""
-
-    kind: Literal["fused", "split"]
-    encoders: int
-    encoder_cpus: float
-    encoder_gpus: float = 0.0
-    decoders: int = 0
-    decoder_cpus: float = 0.0
-
-    def describe(self) -> str:
-        where = "GPU" if self.encoder_gpus else "CPU"
-        if self.kind == "fused":
-            return f"{self.encoders} decode+encode workers on {where}"
-        return f"up to {self.decoders} decode tasks, {self.encoders} encode workers on {where}"
-
-
-def choose_topology(kind: str, workers: int | None, shards: int, cpus: int, gpus: int) -> Topology:
-    """Lay the job out over a cluster with this many CPUs and GPUs.
-
-    `auto` without a GPU is `fused`: one worker of one thread per CPU (measured best: nothing is copied between
-    processes and no core has two threads). With GPUs it is `split`: one encode worker per GPU, decoding on the CPUs.
-    """
-    if kind == "auto":
-        kind = "split" if gpus else "fused"
-    if kind == "fused":
-        count = max(1, min(workers or cpus, shards))
-        return Topology("fused", count, _floor(min(1.0, (cpus - RESERVED_CPU) / count)), _floor(min(1.0, gpus / count)))
-    count = max(1, min(workers or gpus or cpus // 2, shards))
-    decoder_cpus = 1.0 if cpus > 1 else 0.25
-    encoder_cpus = _floor(min(1.0, max(cpus - decoder_cpus - RESERVED_CPU / 2, 0.25) / count))
-    decoders = max(1, int((cpus - count * encoder_cpus) / decoder_cpus))
-    return Topology("split", count, encoder_cpus, _floor(min(1.0, gpus / count)), decoders, decoder_cpus)
-
-
-def cluster_size() -> tuple[int, int]:
-    """CPUs and GPUs of the cluster this job is connected to."""
-    resources = ray.cluster_resources()
-    return max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
 
 
 def run_passes(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> list[dict[str, Any]]:
@@ -81,20 +39,36 @@ def run_passes(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology)
     reports: list[dict[str, Any]] = []
     total = sum(entry.items for entry in pending)
     with Progress("embedding", total, "files") as progress:
-        for attempt in range(PASSES):
-            for report in _run(job.model_copy(update={"isolate": attempt > 0}), pending, topology):
+        idle_passes = 0
+        isolate = False
+        while idle_passes < PASSES:
+            for report in _run(job.model_copy(update={"isolate": isolate}), pending, topology):
                 reports.append(report)
+                _warn_of_idle_gpus(reports, topology)
                 if report["status"] == "error":
                     print(f"shard {report['shard']} was not finished: {report['message']}", file=sys.stderr)
                 else:
                     progress.update(report["inputs"])
             committed = committed_shards(job.out)
+            idle_passes = 0 if any(entry.name in committed for entry in pending) else idle_passes + 1
+            isolate = True
             pending = [entry for entry in pending if entry.name not in committed]
             if not pending:
                 break
             lost = sum(entry.items for entry in pending)
             print(f"{len(pending)} shards ({lost:,} files) were not finished; trying them again, each file isolated")
     return reports
+
+
+def _warn_of_idle_gpus(reports: Sequence[dict[str, Any]], topology: Topology) -> None:
+    """Say it once when encoders hold a GPU and compute on the CPU."""
+    devices = [report["device"] for report in reports if report["device"]]
+    if topology.encode.resources.get("GPU") and len(devices) == 1 and reports[-1]["device"] == "cpu":
+        print(
+            "an encoder holds a GPU but computes on the CPU: torch sees no CUDA device there; install torch's CUDA "
+            "build and the driver on those nodes, or give --num-gpus-per-encoder 0",
+            file=sys.stderr,
+        )
 
 
 def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> Iterator[dict[str, Any]]:
@@ -107,8 +81,10 @@ def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> It
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)
         dataset = _fused(dataset, job, topology) if topology.kind == "fused" else _split(dataset, job, topology)
+    decoders = min(len(pending), DECODERS_ANNOUNCED * topology.encoders) if topology.decode else 0
     try:
-        yield from dataset.iter_rows()
+        with notice_of_waiting(topology.encode, topology.encoders), hint(topology.decode or topology.encode, decoders):
+            yield from dataset.iter_rows()
     except (RayError, ExecutionTimeoutError) as error:
         print(f"the pipeline stopped: {type(error).__name__}: {str(error)[-2000:]}", file=sys.stderr)
 
@@ -117,46 +93,51 @@ def _fused(dataset: Dataset, job: EmbedJob, topology: Topology) -> Dataset:
     return dataset.map_batches(
         FusedStage,
         fn_constructor_args=[job],
-        batch_size=None,
+        batch_size=1,  # a shard is one row
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            min_size=1, max_size=topology.encoders, initial_size=topology.encoders, max_tasks_in_flight_per_actor=2
-        ),
-        num_cpus=topology.encoder_cpus,
-        num_gpus=topology.encoder_gpus,
+        compute=_pool(topology, max_tasks_in_flight_per_actor=2),
         scheduling_strategy="SPREAD",
+        **topology.encode.options,
         **WORKER_FAULTS,
     )
 
 
 def _split(dataset: Dataset, job: EmbedJob, topology: Topology) -> Dataset:
+    assert topology.decode is not None
     decoded = dataset.map_batches(
         partial(decode_shards, job),
-        batch_size=None,
+        batch_size=1,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(size=topology.decoders),
-        num_cpus=topology.decoder_cpus,
-        scheduling_strategy="SPREAD",
+        compute=TaskPoolStrategy(),
+        **topology.decode.options,
         max_retries=1,
     )
     # two calls at once per worker: one encodes while the other unpacks, builds its table and commits
     return decoded.map_batches(
         EncodeStage,
         fn_constructor_args=[job],
-        batch_size=None,
+        batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            min_size=1,
-            max_size=topology.encoders,
-            initial_size=topology.encoders,
+        compute=_pool(
+            topology,
             max_tasks_in_flight_per_actor=3,
             max_concurrent_calls_per_actor=2,
             enable_true_multi_threading=True,
         ),
-        num_cpus=topology.encoder_cpus,
-        num_gpus=topology.encoder_gpus,
+        **topology.encode.options,
         **WORKER_FAULTS,
     )
+
+
+def _pool(topology: Topology, **settings: Any) -> ActorPoolStrategy:
+    """Encoders that wait for their nodes: an autoscaler sees each, and each starts when a node has room for it.
+
+    Where encoders and decode tasks share the CPUs, the pool must leave some, so Ray Data decides how many there are.
+    """
+    most = topology.encoders
+    if topology.decode is not None and not topology.encode.resources.get("GPU"):
+        return ActorPoolStrategy(min_size=1, max_size=most, initial_size=most, **settings)
+    return ActorPoolStrategy(min_size=most, max_size=most, **settings)
 
 
 def probe_durations(root: str, uris: list[str]) -> list[float | None]:
@@ -183,8 +164,3 @@ def _duration(root: str, uri: str) -> float | None:
         return info.duration_s if info.exact_seek else None  # else each segment would be decoded from the start
     except DecodeError:
         return None
-
-
-def _floor(share: float) -> float:
-    """Ray's resources have four decimals; rounding up could ask for more than there is."""
-    return int(share * 1000) / 1000

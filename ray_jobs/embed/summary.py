@@ -7,7 +7,8 @@ import pyarrow.compute as pc
 
 from audiomae.artifacts.embeddings import EmbeddingSet, ShardReceipt
 from audiomae.artifacts.tables import DAMAGED, FAILED
-from ray_jobs.embed.execution import Topology
+from ray_jobs._cluster import cpus_now
+from ray_jobs.embed.topology import Topology
 
 COUNTS = ("inputs", "rows", "failed", "damaged", "silent")
 
@@ -46,7 +47,12 @@ def summarise(
 
 def stage_shares(reports: Sequence[dict[str, Any]], topology: Topology, wall_s: float) -> dict[str, float]:
     """How busy each stage's workers were, 0 to 1: the busiest holds the others up."""
-    slots = {"decode": topology.decoders or topology.encoders, "encode": topology.encoders, "write": topology.encoders}
+    encoders = len({report["worker"] for report in reports})
+    decode_slots = encoders
+    if topology.decode is not None:
+        cpus = cpus_now() - encoders * topology.encode.resources["CPU"]
+        decode_slots = max(1, int(cpus / topology.decode.resources["CPU"]))
+    slots = {"decode": decode_slots, "encode": encoders, "write": encoders}
     return {
         stage: round(sum(report[f"{stage}_s"] for report in reports) / (count * wall_s), 3)
         for stage, count in slots.items()

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         config.index,
         ["--embeddings", str(embeddings), "--encoder", encoder, "--out", str(out / "index")],
     )
-    if not run.failed and args.label in next(EmbeddingSet.open(embeddings).iter_tables()).column_names:
+    if not run.failed and args.label in EmbeddingSet.open(embeddings).column_names:
         protocol = ["--embeddings", str(embeddings), "--label", args.label, "--out", str(out / "evaluation")]
         run(
             "evaluate",

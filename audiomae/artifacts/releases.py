@@ -5,14 +5,14 @@
       history/000003.json    one file per publish or rollback, created exclusively; the highest number is the truth
       v000002/               release.json, index files, ids, items table, encoder/
 
-A version directory is written under a claimed number, `release.json` (with the SHA-256 of every other file) last, and
-counts only once a history entry names it. Two builds that started from the same version race for the same history
-number and exactly one wins, locally (hard link) and on S3 (conditional put) alike; the loser learns that its base is
-outdated and publishes nothing. Nothing is ever changed in place, so a process that maps an old version keeps it.
+A version directory is written under a claimed number, its receipt `release.json` last, and counts only once a history
+entry names it. Two builds that started from the same version race for the same history number and exactly one wins,
+locally (hard link) and on S3 (conditional put) alike; the loser learns that its base is outdated and publishes nothing.
+Nothing is ever changed in place, so a process that maps an old version keeps it.
 """
 
-import argparse
 import getpass
+import json
 import os
 import re
 import shutil
@@ -21,25 +21,27 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from upath import UPath
 
 from audiomae import storage
-from audiomae.cli import run_job
+from audiomae.artifacts import receipts
+from audiomae.artifacts.receipts import FileEntry, Numbered, Receipt
 from audiomae.config import nearest
 from audiomae.errors import IntegrityError, ReleaseConflictError, UserError
 from audiomae.storage import Location
 
-FORMAT = 1
+FORMAT = 2
 RELEASE_FILE = "release.json"
 CLAIM = "CLAIM"
 STAGING_PREFIX = ".staging-"
 STALE_CLAIM_S = 24 * 3600.0
+FIX = "roll back with `python -m audiomae.artifacts rollback INDEX`, or build the index again"
+UNSEALED_ENTRY = frozenset({"version", "release_sha256", "action", "time", "by"})  # of older versions
 _VERSION = re.compile(r"v(\d{6})")
 
 
@@ -49,13 +51,15 @@ class Release:
 
     Attributes:
         path: its directory, local or on S3.
-        info: the content of release.json.
+        info: the facts of release.json.
+        files: what release.json says of every other file, by name.
         sequence: the history number that put it in force; 0 for a directory opened by itself.
         checksum: SHA-256 of release.json as history recorded it; empty for a directory opened by itself.
     """
 
     path: UPath
     info: Mapping[str, Any]
+    files: Mapping[str, FileEntry]
     sequence: int = 0
     checksum: str = ""
 
@@ -76,32 +80,32 @@ def publish(index_dir: Location, staging: Path, info: Mapping[str, Any], parent:
     Args:
         index_dir: the INDEX directory, local or S3; created when missing.
         staging: a local directory with the finished files; local releases take them over by rename.
-        info: what release.json says beside `version`, `created`, `parent`, `format` and `checksums`.
+        info: what release.json says beside `version`, `created`, `parent` and `format`.
         parent: the version that this one was built from; it must still be the one in force.
 
     Raises:
         ReleaseConflictError: another version was published after `parent`; nothing is left behind.
     """
     root = storage.to_path(index_dir)
-    checksums = _checksums(staging)
+    files = receipts.describe(staging, [name for name, _ in storage.walk_files(staging)]).files
     target = _claim(root)
-    for name in checksums:
+    for name in files:
         _move(staging / name, target / name)
-    content = dict(info) | {
+    facts = dict(info) | {
         "format": FORMAT,
         "version": target.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "parent": parent.version if parent else None,
-        "checksums": checksums,
     }
-    data = storage.encode_json(content)
-    storage.write_bytes(target / RELEASE_FILE, data)
+    receipt = Receipt(files, facts)
+    receipts.create(target / RELEASE_FILE, receipt)
+    checksum = storage.sha256_bytes(receipt.encode())
     try:
-        sequence = _enter(root, target.name, storage.sha256_bytes(data), "publish", parent)
+        sequence = _enter(root, target.name, checksum, "publish", parent)
     except ReleaseConflictError:
         _remove(target)
         raise
-    return Release(target, content, sequence, storage.sha256_bytes(data))
+    return Release(target, facts, files, sequence, checksum)
 
 
 @contextmanager
@@ -123,46 +127,50 @@ def resolve(index_dir: Location, version: str = "latest") -> Release:
 
     Raises:
         UserError: no release there, or no such version (the nearest name is given).
-        IntegrityError: release.json is unreadable, or of a format that this code does not know.
+        IntegrityError: release.json is damaged, or of a format that this code does not know.
     """
     root = storage.to_path(index_dir)
-    numbers = _history(root)
+    entries = history(root)
+    numbers = entries.numbers()
     if not numbers:
         if version in ("latest", root.name) and (root / RELEASE_FILE).exists():
-            return Release(root, _read_info(root))
+            receipt = _read_receipt(root)
+            return Release(root, receipt.facts, receipt.files)
         raise UserError(f"no index release at {root}: build one with ray_jobs/build_index.py --out {root}")
     names = []
     for number in reversed(numbers):
-        entry = _entry(root, number)
+        entry = entries.read(number)
         names.append(entry["version"])
         if version in ("latest", entry["version"]):
             break
     else:
         raise UserError(f"no version {version!r} at {root}{nearest(version, sorted(set(names)))}")
     path = root / entry["version"]
-    if not (path / RELEASE_FILE).exists():
-        raise UserError(f"version {entry['version']} of {root} was removed (gc): name a newer one, or 'latest'")
-    return Release(path, _read_info(path), number, entry["release_sha256"])
+    try:
+        receipt = _read_receipt(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"version {entry['version']} of {root} was removed (gc): name a newer one, or 'latest'"
+        ) from None
+    return Release(path, receipt.facts, receipt.files, number, entry["release_sha256"])
 
 
 def resolve_or_none(index_dir: Location) -> Release | None:
     """The release in force, or None where nothing was published yet."""
     root = storage.to_path(index_dir)
-    return resolve(root) if _history(root) else None
+    return resolve(root) if history(root).numbers() else None
 
 
-def verify(release: Release) -> None:
-    """Check every file of the release against its recorded SHA-256, before anything parses it.
+def verify(release: Release, below: str = "") -> None:
+    """Check the files of the release whose names begin with `below`, all by default, before anything parses them.
 
     Raises:
         IntegrityError: the first file that is missing or different, what was got and expected, and the way out.
     """
-    fix = "roll back with `python -m audiomae.artifacts.releases rollback INDEX`, or build the index again"
     if release.checksum:
-        _compare(release.path / RELEASE_FILE, release.checksum, fix)
-    files = sorted(release.info["checksums"].items())
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        list(pool.map(lambda item: _compare(release.path / item[0], item[1], fix), files))
+        receipts.verify_file(release.path, RELEASE_FILE, FileEntry(release.checksum), FIX)
+    names = [name for name in release.files if name.startswith(below)]
+    receipts.verify(release.path, Receipt(release.files), names, FIX)
 
 
 def fetch(release: Release) -> Release:
@@ -180,7 +188,7 @@ def fetch(release: Release) -> Release:
     base = Path(os.environ.get("AUDIOMAE_CACHE", Path.home() / ".cache" / "audiomae")) / "releases"
     key = release.checksum or storage.sha256_file(release.path / RELEASE_FILE)
     target = base / key[:32]
-    copy = Release(storage.to_path(target), release.info, release.sequence, key)
+    copy = replace(release, path=storage.to_path(target), checksum=key)
     if target.exists():
         try:
             verify(copy)
@@ -191,7 +199,7 @@ def fetch(release: Release) -> Release:
     temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=base))
     try:
         storage.copy_tree(release.path, temporary)
-        verify(Release(storage.to_path(temporary), release.info, release.sequence, key))
+        verify(replace(copy, path=storage.to_path(temporary)))
         os.rename(temporary, target)
     except OSError:
         if not target.exists():  # else another process was faster
@@ -214,7 +222,7 @@ def rollback(index_dir: Location, version: str | None = None) -> Release:
     target = resolve(root, name)
     verify(target)
     sequence = _enter(root, target.version, target.checksum, "rollback", current)
-    return Release(target.path, target.info, sequence, target.checksum)
+    return replace(target, sequence=sequence)
 
 
 def gc(index_dir: Location, keep: int = 2) -> list[str]:
@@ -223,7 +231,8 @@ def gc(index_dir: Location, keep: int = 2) -> list[str]:
     Returns the names removed. The version in force is never removed.
     """
     root = storage.to_path(index_dir)
-    published = [_entry(root, number)["version"] for number in reversed(_history(root))]
+    entries = history(root)
+    published = [entries.read(number)["version"] for number in reversed(entries.numbers())]
     kept = list(dict.fromkeys(published))[: max(keep, 1)]
     removed = []
     for path in _versions(root):
@@ -241,8 +250,8 @@ def gc(index_dir: Location, keep: int = 2) -> list[str]:
 def _enter(root: UPath, version: str, checksum: str, action: str, parent: Release | None) -> int:
     sequence = (parent.sequence if parent else 0) + 1
     entry = {"version": version, "release_sha256": checksum, "action": action, "time": time.time(), "by": _who()}
-    path = root / "history" / f"{sequence:06d}.json"
-    if max(_history(root), default=0) >= sequence or not storage.put_if_absent(path, storage.encode_json(entry)):
+    entries = history(root)
+    if max(entries.numbers(), default=0) >= sequence or not entries.create(sequence, entry):
         raise ReleaseConflictError(
             f"{root}: another version was put in force while {version} was made from "
             f"{parent.version if parent else 'nothing'}; run the same command again to build on the newer one"
@@ -253,7 +262,7 @@ def _enter(root: UPath, version: str, checksum: str, action: str, parent: Releas
 
 def _claim(root: UPath) -> UPath:
     number = max((int(path.name[1:]) for path in _versions(root)), default=0) + 1
-    claim = storage.encode_json({"by": _who(), "time": time.time()})
+    claim = storage.encode_json({"by": _who(), "time": time.time(), "claim": uuid.uuid4().hex})
     while not _claimed(root / f"v{number:06d}", claim):
         number += 1
     return root / f"v{number:06d}"
@@ -261,7 +270,7 @@ def _claim(root: UPath) -> UPath:
 
 def _claimed(path: UPath, claim: bytes) -> bool:
     try:
-        return storage.put_if_absent(path / CLAIM, claim)
+        return receipts.create_exclusively(path / CLAIM, claim)
     except FileNotFoundError:  # whoever had it was just removing it
         return False
 
@@ -273,46 +282,39 @@ def _is_stale(path: UPath) -> bool:
         return True
 
 
-def _history(root: UPath) -> list[int]:
-    folder = root / "history"
-    return sorted(int(p.stem) for p in folder.iterdir() if p.suffix == ".json") if folder.exists() else []
-
-
-def _entry(root: UPath, number: int) -> dict[str, Any]:
-    entry: dict[str, Any] = storage.read_json(root / "history" / f"{number:06d}.json")
-    return entry
+def history(index_dir: Location) -> Numbered:
+    """Every publish and rollback of an index: {version, release_sha256, action, time, by}."""
+    return Numbered(storage.to_path(index_dir) / "history", unsealed=UNSEALED_ENTRY)
 
 
 def _versions(root: UPath) -> list[UPath]:
-    if not root.exists():
-        return []
-    return sorted((p for p in root.iterdir() if _VERSION.fullmatch(p.name)), key=lambda p: p.name)
+    return [root / name for name in storage.list_names(root) if _VERSION.fullmatch(name)]
 
 
-def _read_info(path: UPath) -> dict[str, Any]:
-    info = storage.read_json(path / RELEASE_FILE)
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        got = info.get("format") if isinstance(info, dict) else type(info).__name__
+def _read_receipt(path: UPath) -> Receipt:
+    """release.json; that of an older version (format 1) had its facts and checksums side by side."""
+    where = path / RELEASE_FILE
+    data = storage.read_bytes(where)
+    old = _unsealed(data)
+    if old is not None:
+        files = {name: FileEntry(checksum) for name, checksum in old.pop("checksums").items()}
+        return Receipt(files, old)
+    receipt = Receipt.decode(receipts.unseal(where, data, fix=FIX), where)
+    if receipt.facts.get("format") != FORMAT:
         raise IntegrityError(
-            f"{path / RELEASE_FILE}: release format {got!r}, expected {FORMAT}; open it with the version of this "
-            "package that wrote it, or build the index again"
+            f"{where}: release format {receipt.facts.get('format')!r}, expected {FORMAT}; open it with the version of "
+            "this package that wrote it, or build the index again"
         )
-    return info
+    return receipt
 
 
-def _checksums(staging: Path) -> dict[str, str]:
-    names = [name for name, _ in storage.walk_files(staging)]
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(lambda name: storage.sha256_file(staging / name), names), strict=True))
-
-
-def _compare(path: UPath, expected: str, fix: str) -> None:
+def _unsealed(data: bytes) -> dict[str, Any] | None:
     try:
-        got = storage.sha256_file(path)
-    except FileNotFoundError:
-        raise IntegrityError(f"{path}: missing, expected SHA-256 {expected}; {fix}") from None
-    if got != expected:
-        raise IntegrityError(f"{path}: corrupted: got SHA-256 {got}, expected {expected}; {fix}")
+        value = json.loads(data)
+    except ValueError:
+        return None
+    is_old = isinstance(value, dict) and value.get("format") == 1 and isinstance(value.get("checksums"), dict)
+    return value if is_old else None
 
 
 def _move(source: Path, target: UPath) -> None:
@@ -337,31 +339,3 @@ def _remove(path: UPath) -> None:
 
 def _who() -> str:
     return f"{getpass.getuser()}@{socket.gethostname()}:{os.getpid()}"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`list`, `verify`, `rollback` or `gc` an INDEX from the shell."""
-    parser = argparse.ArgumentParser(prog="python -m audiomae.artifacts.releases", description=main.__doc__)
-    parser.add_argument("action", choices=["list", "verify", "rollback", "gc"])
-    parser.add_argument("index", help="the INDEX directory, local or s3://")
-    parser.add_argument("--version", help="a version name (verify: default the one in force; rollback: its parent)")
-    parser.add_argument("--keep", type=int, default=2, help="gc: how many versions to keep (default 2)")
-    args = parser.parse_args(argv)
-    if args.action == "list":
-        root = storage.to_path(args.index)
-        for number in _history(root):
-            entry = _entry(root, number)
-            print(f"{number:6d}  {entry['action']:8s}  {entry['version']}  by {entry['by']}")
-    elif args.action == "verify":
-        release = resolve(args.index, args.version or "latest")
-        verify(release)
-        print(f"{release.version}: {len(release.info['checksums'])} files match their checksums")
-    elif args.action == "rollback":
-        print(f"in force: {rollback(args.index, args.version).version}")
-    else:
-        print(f"removed: {', '.join(gc(args.index, args.keep)) or 'nothing'}")
-    return 0
-
-
-if __name__ == "__main__":
-    run_job(main)

@@ -142,12 +142,12 @@ def test_recall_that_is_not_reached_publishes_nothing(tmp_path: Path, encoder: A
 def test_more_recall_tunes_the_index_again(tmp_path: Path, encoder: AudioEncoder) -> None:
     embedded(tmp_path / "a", encoder, 1000, spread=3.0)
     build(tmp_path / "index", encoder, tmp_path / "a", extra=[*IVF, "--recall", "0.2"])
-    first = release.resolve(tmp_path / "index").info
+    first = release.resolve(tmp_path / "index")
     build(tmp_path / "index", encoder, tmp_path / "a", extra=[*IVF, "--recall", "0.99"])
-    second = release.resolve(tmp_path / "index").info
-    assert second["version"] == "v000002" and second["recall"]["value"] >= 0.99
-    assert second["spec"]["nprobe"] > first["spec"]["nprobe"]
-    assert second["checksums"]["index.faiss"] == first["checksums"]["index.faiss"]
+    second = release.resolve(tmp_path / "index")
+    assert second.version == "v000002" and second.info["recall"]["value"] >= 0.99
+    assert second.info["spec"]["nprobe"] > first.info["spec"]["nprobe"]
+    assert second.files["index.faiss"] == first.files["index.faiss"]
 
 
 def test_encoders_that_do_not_belong_are_refused(tmp_path: Path, encoder: AudioEncoder) -> None:

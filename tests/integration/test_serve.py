@@ -344,7 +344,7 @@ def test_a_damaged_release_is_refused_and_the_old_one_serves_on(service: Service
     assert (reply.status_code, reply.json()["code"]) == (409, "release_refused")
     assert "vectors.faiss" in reply.json()["detail"] and "Traceback" not in reply.json()["detail"]
     assert service.http.get("/release").json() == serving
-    with pytest.raises(click.ClickException, match=r"vectors\.faiss: corrupted"):
+    with pytest.raises(click.ClickException, match=r"vectors\.faiss: damaged"):
         build({"index": str(service.index)})
 
 

@@ -281,6 +281,14 @@ class AudioMAE(nn.Module):
         self, tokens: Tensor, ids_restore: Tensor, visible: Tensor | None = None, patch_mask: Tensor | None = None
     ) -> Tensor:
         """Visible tokens [B, 1 + K, D] and the shuffle's inverse int64[B, N] -> predicted patches [B, N, pt * pf]."""
+        decoded = self.decode_tokens(tokens, ids_restore, visible, patch_mask)
+        assert self.decoder is not None
+        return self.decoder.pred(decoded)
+
+    def decode_tokens(
+        self, tokens: Tensor, ids_restore: Tensor, visible: Tensor | None = None, patch_mask: Tensor | None = None
+    ) -> Tensor:
+        """As `decode`, up to what the prediction is made from: [B, N, decoder_embed_dim]."""
         decoder = self.decoder
         if decoder is None:
             raise RuntimeError("this AudioMAE has no decoder: it was loaded from an encoder saved for inference")
@@ -300,7 +308,7 @@ class AudioMAE(nn.Module):
         attn_mask = None if patch_mask is None else F.pad(patch_mask, (1, 0), value=True)[:, None, None]
         for block in decoder.blocks:
             x = block(x, attn_mask)
-        return decoder.pred(decoder.norm(x))[:, 1:]
+        return decoder.norm(x)[:, 1:]
 
     def forward(
         self,

@@ -56,6 +56,8 @@ class AudioEncoder(nn.Module):
         self.backbone = _backbone(config.backbone, with_decoder)
         self.pooling = Pooling(config.pooling, self.backbone.dim, config.backbone.grid[1])
         self.projection = _projection(self.pooling.out_dim, config.projection)
+        self.centre: Tensor | None
+        self.register_buffer("centre", torch.zeros(self.dim) if config.centred else None)
         self.text_projection = nn.Linear(config.text.dim, self.dim) if config.text else None
         self.precision = "float32"  # of the arithmetic: or bfloat16, by autocast
         self._text_tower: TextTower | None = None
@@ -111,7 +113,7 @@ class AudioEncoder(nn.Module):
             raise ValueError(
                 "with_pooling: the projection was trained on the present pooling; train another one instead"
             )
-        config = self.config.model_copy(update={"pooling": pooling})
+        config = self.config.model_copy(update={"pooling": pooling, "centred": False})
         encoder = AudioEncoder.from_config(config, with_decoder=getattr(self.backbone, "decoder", None) is not None)
         encoder.backbone.load_state_dict(self.backbone.state_dict())
         encoder.precision = self.precision
@@ -209,8 +211,9 @@ class AudioEncoder(nn.Module):
         return self._known_fingerprint[1]
 
     def _stamp(self) -> object:
-        """Changes whenever a parameter is replaced or written to in place."""
-        return tuple((id(p), 0 if p.is_inference() else p._version) for p in self.parameters())
+        """Changes whenever a parameter or the centre is replaced or written to in place."""
+        tensors = [*self.parameters(), *([] if self.centre is None else [self.centre])]
+        return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
     def summary(self) -> dict[str, Any]:
         """Parameters (of the encoder, in all), FLOPs of one window, window, dim, rate: what a reader asks first."""
@@ -249,8 +252,21 @@ class AudioEncoder(nn.Module):
             return self.embed_spectrogram(*self.features(waveforms, lengths))
 
     def embed_spectrogram(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
-        """As `forward`, from log-mel [B, 1, T, F] as `features` gives it."""
-        return F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
+        """As `forward`, from log-mel [B, 1, T, F] as `features` gives it.
+
+        In training mode neither `crops` nor `centred` applies: losses see the plain vectors.
+        """
+        plain = F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
+        if self.training:
+            return plain
+        for copy in range(1, self.config.crops):
+            later = _start_later(x, frame_lengths, copy / self.config.crops)
+            plain = plain + F.normalize(self.project(self.pool_spectrogram(later, frame_lengths)), dim=-1)
+        return plain if self.config.crops == 1 and self.centre is None else self.centring(F.normalize(plain, dim=-1))
+
+    def centring(self, vectors: Tensor) -> Tensor:
+        """Unit vectors [B, dim] less the mean of the training clips, unit length again; as they are without one."""
+        return vectors if self.centre is None else F.normalize(vectors - self.centre, dim=-1)
 
     def pool_spectrogram(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
         """Log-mel [B, 1, T, F] -> pooled float32 [B, D_out], before projection and normalisation."""
@@ -382,6 +398,15 @@ def _backbone(config: AudioMAEConfig | SpectrogramViTConfig, with_decoder: bool)
             f"{config.architecture}: only AudioMAE++ backbones have a decoder; train this one without MAE"
         )
     return SpectrogramViT(config)
+
+
+def _start_later(x: Tensor, frame_lengths: Tensor | None, share: float) -> Tensor:
+    """Log-mel [B, 1, T, F] with each clip's own frames rolled by this share of them; padding stays where it is."""
+    frames = torch.arange(x.shape[2], device=x.device)[None]
+    lengths = torch.full((len(x), 1), x.shape[2]) if frame_lengths is None else frame_lengths[:, None]
+    lengths = lengths.to(x.device)
+    index = torch.where(frames < lengths, (frames + (lengths * share).long()) % lengths, frames)
+    return x.gather(2, index[:, None, :, None].expand_as(x))
 
 
 def _projection(width: int, config: ProjectionConfig | None) -> nn.Module:

@@ -35,6 +35,10 @@ class EncoderConfig(StrictConfig):
         official_windows: what the official HEAR code does to windows: a clip's last piece is filled with zeros that
             take part in attention, and `freq_concat` and timestamps read a window's time-major tokens as if they were
             band-major (so they concatenate five stretches of time rather than bands). False masks and sorts properly.
+        centred: subtract the mean vector of the training clips before the last normalisation (Suzuki et al. 2013,
+            *Centering Similarity Measures to Reduce Hubs*); the mean is fitted when the encoder is trained.
+        crops: a clip's vector is the mean over this many copies of it, each starting an equal share later and going on
+            from its beginning; costs as many times the encoding.
         text: the text tower of a CLAP-trained encoder.
     """
 
@@ -44,6 +48,8 @@ class EncoderConfig(StrictConfig):
     projection: ProjectionConfig | None = None
     long_input: Literal["chunk", "interpolate", "extend"] = "chunk"
     official_windows: bool = False
+    centred: bool = False
+    crops: int = Field(default=1, ge=1)
     text: TextConfig | None = None
 
     @model_validator(mode="before")
@@ -63,6 +69,8 @@ class EncoderConfig(StrictConfig):
             )
         if self.official_windows and self.long_input != "chunk":
             raise ValueError("official_windows: is defined for long_input=chunk only")
+        if self.centred and self.text:
+            raise ValueError("centred: text vectors would be compared with shifted audio vectors; set it to false")
         if self.backbone.kind == "timm" and self.long_input == "extend":
             raise ValueError("long_input=extend: a timm ViT has learned positions; choose chunk or interpolate")
         return self
@@ -70,9 +78,10 @@ class EncoderConfig(StrictConfig):
     def fingerprint_fields(self) -> dict[str, Any]:
         """What enters the fingerprint beside the weights.
 
-        Of the features only what differs from the defaults, so that a setting added later (off by default) leaves the
-        fingerprints of saved encoders, and with them the indexes built on those, as they are.
+        Of the features, `centred` and `crops` only what differs from the defaults, so that a setting added later (off
+        by default) leaves the fingerprints of saved encoders, and with them the indexes built on those, as they are.
         """
+        later = self.model_dump(mode="json", include={"centred", "crops"}, exclude_defaults=True)
         fields = self.model_dump(mode="json", include={"pooling", "projection", "long_input", "official_windows"})
         features = self.features.model_dump(mode="json", exclude_defaults=True)
-        return {**fields, "features": features, "backbone": self.backbone.fingerprint_fields()}
+        return {**fields, **later, "features": features, "backbone": self.backbone.fingerprint_fields()}

@@ -29,6 +29,12 @@ class AugmentConfig(StrictConfig):
     freq_crop: float = Field(
         0.0, ge=0, lt=1, description="resampled crop: cut up to this share of the mel axis, resize back"
     )
+    pitch: float = Field(
+        0.0, ge=0, lt=1, description="shift up or down by up to this share of the mel axis, edge bands repeated"
+    )
+    scales: tuple[float, ...] = Field(
+        (1.0,), min_length=1, description="crop length of each view, as a share of the window; a short crop is repeated"
+    )
     mix: float = Field(0.0, ge=0, lt=1, description="background mix: another clip at up to this share of the power")
     mix_prob: float = Field(1.0, ge=0, le=1, description="share of clips that get a background")
     eq_db: float = Field(
@@ -45,11 +51,18 @@ class AugmentConfig(StrictConfig):
             raise ValueError("time_masks is set but time_mask_share is 0: give the masks a size")
         if self.freq_masks and not self.freq_mask_share:
             raise ValueError("freq_masks is set but freq_mask_share is 0: give the masks a size")
+        if not all(0 < scale <= 1 for scale in self.scales):
+            raise ValueError(f"scales: expected shares of the window, above 0 and at most 1, got {list(self.scales)}")
         return self
 
     def source_frames(self, window: int) -> int:
         """Frames to read from a clip so that the longest resampled crop fits: `ceil(window * stretch)`."""
         return math.ceil(window * self.stretch)
+
+    def crop_frames(self, window: int, views: int) -> list[int]:
+        """Frames that each view is cut from; the last of `scales` counts for views beyond it."""
+        full = self.source_frames(window)
+        return [max(1, round(full * self.scales[min(view, len(self.scales) - 1)])) for view in range(views)]
 
 
 def augment(batch: Tensor, window: int, config: AugmentConfig, generator: Generator) -> Tensor:
@@ -64,8 +77,8 @@ def augment(batch: Tensor, window: int, config: AugmentConfig, generator: Genera
     Returns:
         float[B, window, F].
     """
-    if config.stretch > 1 or config.freq_crop > 0:
-        batch = resampled_crop(batch, window, config.stretch, config.freq_crop, generator)
+    if config.stretch > 1 or config.freq_crop > 0 or config.pitch > 0:
+        batch = resampled_crop(batch, window, config.stretch, config.freq_crop, generator, config.pitch)
     else:
         batch = batch[:, :window]
     if config.time_shift:
@@ -83,11 +96,14 @@ def augment(batch: Tensor, window: int, config: AugmentConfig, generator: Genera
     return batch
 
 
-def resampled_crop(batch: Tensor, window: int, stretch: float, freq_crop: float, generator: Generator) -> Tensor:
+def resampled_crop(
+    batch: Tensor, window: int, stretch: float, freq_crop: float, generator: Generator, pitch: float = 0.0
+) -> Tensor:
     """Cut a random rectangle of each spectrogram and resize it to the window (bilinear).
 
     The random resize crop of Niizumi et al. 2021 (BYOL-A, section III-C): it shifts pitch and speed a little. The
-    cut lasts `window * stretch ** u` frames, u uniform in [-1, 1], and keeps 1 - freq_crop to 1 of the mel axis.
+    cut lasts `window * stretch ** u` frames, u uniform in [-1, 1], and keeps 1 - freq_crop to 1 of the mel axis. With
+    `pitch` it may also reach past the mel axis by that share of it, where the edge band is repeated.
 
     Args:
         batch: float[B, R, F], R >= window * stretch.
@@ -101,6 +117,8 @@ def resampled_crop(batch: Tensor, window: int, stretch: float, freq_crop: float,
     top = draw[1] * (frames - height)
     width = bands * (1 - freq_crop * draw[2])
     left = draw[3] * (bands - width)
+    if pitch:
+        left = left + (2 * torch.rand(count, generator=generator) - 1) * pitch * bands
     rows = _sample_positions(top, height, window, frames)
     columns = _sample_positions(left, width, bands, bands)
     grid = torch.stack(

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,27 +59,38 @@ class Loader:
         store: features.
         sampler: which clips.
         frames: frames to read per view (R).
-        views: independent crops per clip (V).
+        crops: frames that each of the V views is cut from; a crop shorter than R is repeated to fill it.
         rank, world_size: this worker's share.
     """
 
     def __init__(
-        self, store: FeatureStore, sampler: Sampler, frames: int, views: int, rank: int, world_size: int, depth: int = 4
+        self,
+        store: FeatureStore,
+        sampler: Sampler,
+        frames: int,
+        crops: Sequence[int],
+        rank: int,
+        world_size: int,
+        depth: int = 4,
     ) -> None:
-        self.store, self.sampler, self.frames, self.views = store, sampler, frames, views
+        self.store, self.sampler, self.frames, self.crops = store, sampler, frames, np.asarray(crops)
         self.rank, self.world_size, self.depth = rank, world_size, depth
         self.waited_s = 0.0
 
     def read(self, step: int) -> Batch:
         """The batch of a step; crop positions are drawn from (seed, step, rank)."""
         clips = self.sampler.local_batch(step, self.rank, self.world_size)
-        features = np.empty((self.views, len(clips), self.frames, self.store.bands), np.float16)
-        room = np.maximum(self.store.frames[clips] - self.frames, 0)
+        views = len(self.crops)
+        features = np.empty((views, len(clips), self.frames, self.store.bands), np.float16)
+        room = np.maximum(self.store.frames[clips] - self.crops[:, None], 0)
         draw = np.random.default_rng([self.sampler.seed, step, self.rank, 1])
-        starts = draw.integers(0, room + 1, size=(self.views, len(clips)))
-        for view in range(self.views):
+        starts = draw.integers(0, room + 1, size=(views, len(clips)))
+        for view, length in enumerate(self.crops):
+            again = np.arange(self.frames) % length
             for row, clip in enumerate(clips):
-                self.store.read(int(clip), int(starts[view, row]), self.frames, features[view, row])
+                self.store.read(int(clip), int(starts[view, row]), int(length), features[view, row, :length])
+            if length < self.frames:
+                features[view] = features[view][:, again]
         return Batch(step, clips, features)
 
     def batches(self, first_step: int, end_step: int) -> Generator[Batch]:

@@ -30,7 +30,7 @@ from audiomae.training.augment import augment
 from audiomae.training.data import Batch, Loader, Sampler
 from audiomae.training.distributed import rank, world_size
 from audiomae.training.items import numbered
-from audiomae.training.objectives import ClipTargets, Objective, Replay
+from audiomae.training.objectives import HIDDEN_TARGETS, ClipTargets, Objective, Replay
 from audiomae.training.recipe import TrainConfig
 from audiomae.training.validation import Validator
 
@@ -126,7 +126,8 @@ class TrainLoop:
         self.sampler = Sampler(np.flatnonzero(~held_out), config.batch_size, config.seed)
         self.total_steps = config.epochs * self.sampler.steps_per_epoch
         frames = config.augment.source_frames(self.window)
-        self.loader = Loader(self.store, self.sampler, frames, config.objective.views, rank(), world_size())
+        crops = config.augment.crop_frames(self.window, config.objective.views)
+        self.loader = Loader(self.store, self.sampler, frames, crops, rank(), world_size())
         self.validator = Validator(
             self.store, held_out, labels, config.validation, config.augment, self.window, config.seed
         )
@@ -210,6 +211,7 @@ class TrainLoop:
         values["loss"] = sum(values[name] * getattr(config.objective, name) for name in parts)
         if math.isfinite(values["grad_norm"]):
             self.optimizer.step()
+            self.objective.after_step(self.step / self.total_steps)
             torch.autograd.graph.increment_version(self.parameters)  # the fused step does not; fingerprints watch it
         return values
 
@@ -263,8 +265,9 @@ class TrainLoop:
                 with self._autocast():
                     out = self.module(views, part, self._generator(index), replay)
                 out.loss.backward()
-            if "mae" in out.parts:
-                totals["mae"] = totals.get("mae", 0.0) + out.parts["mae"] * share
+            for name in HIDDEN_TARGETS:
+                if name in out.parts:
+                    totals[name] = totals.get(name, 0.0) + out.parts[name] * share
         return totals
 
     def _micro_batches(self, chunks: Sequence[Tensor], targets: ClipTargets) -> list[tuple[Tensor, ClipTargets]]:
@@ -344,7 +347,7 @@ class TrainLoop:
 
 def build_encoder(config: TrainConfig) -> AudioEncoder:
     """The encoder to train: new, or with features and backbone of `config.init` and heads as `config.encoder` says."""
-    decoder = config.objective.mae > 0
+    decoder = config.objective.reconstructs
     if config.init is None:
         return AudioEncoder.from_config(config.encoder, config.seed, with_decoder=decoder)
     given = AudioEncoder.load(config.init, device="cpu", dtype="float32", with_decoder=decoder)

@@ -6,6 +6,8 @@ clips and see the joined batch of all ranks (`distributed.gather_with_grad`). Wi
 a step, while only one micro-batch's activations are in memory.
 """
 
+import copy
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -22,7 +24,8 @@ from audiomae.model.masking import Masking, MaskMode, random_masking
 from audiomae.training import losses
 from audiomae.training.distributed import gather, gather_with_grad
 
-WEIGHTS = ("mae", "contrastive", "uniformity", "alignment", "triplet", "clap_lite", "clap")
+WEIGHTS = ("mae", "latent", "contrastive", "uniformity", "alignment", "triplet", "clap_lite", "clap")
+HIDDEN_TARGETS = ("mae", "latent")  # losses over what is hidden; the others compare clips
 SUPERVISED = ("triplet", "clap_lite")
 
 
@@ -30,6 +33,9 @@ class ObjectiveConfig(StrictConfig):
     """The weight of each loss (0 = off) and how the losses are formed."""
 
     mae: float = Field(1.0, ge=0)
+    latent: float = Field(
+        0.0, ge=0, description="predict a slowly following teacher's tokens where patches are hidden (EAT)"
+    )
     contrastive: float = Field(0.0, ge=0)
     uniformity: float = Field(0.0, ge=0)
     alignment: float = Field(0.0, ge=0)
@@ -45,6 +51,12 @@ class ObjectiveConfig(StrictConfig):
     mae_views: Literal["first", "all"] = Field("first", description="which views are reconstructed")
     mask_ratio: float | None = Field(None, ge=0, lt=1, description="null = the backbone's")
     mask_mode: MaskMode | None = Field(None, description="null = the backbone's")
+    view_mask_modes: tuple[MaskMode, MaskMode] | None = Field(
+        None, description="mask mode of the first and of the second view, such as [time, frequency] (AudioMosaic)"
+    )
+    teacher_decay: float = Field(
+        0.99, ge=0, lt=1, description="of the latent targets' teacher: what it keeps of itself at each step"
+    )
     supervised: bool | None = Field(None, description="contrastive positives by label; null = where labels exist")
     positives: Literal["mean", "sum"] = "mean"
     temperature: float = Field(0.1, gt=0, description="of the contrastive loss; the CLAP losses learn theirs from here")
@@ -57,12 +69,19 @@ class ObjectiveConfig(StrictConfig):
             raise ValueError(f"every loss weight is 0: set at least one of {', '.join(WEIGHTS)}")
         if self.views == 1 and (self.alignment or (self.contrastive and self.supervised is False)):
             raise ValueError("alignment and self-supervised contrastive losses compare two views: set views: 2")
+        if self.view_mask_modes and self.views != 2:
+            raise ValueError("view_mask_modes names a mask mode for each of two views: set views: 2")
         return self
 
     @property
     def compares(self) -> bool:
         """Whether any loss compares clips with each other."""
-        return any(getattr(self, name) for name in WEIGHTS if name != "mae")
+        return any(getattr(self, name) for name in WEIGHTS if name not in HIDDEN_TARGETS)
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether any loss asks for what is hidden, which takes the decoder."""
+        return any(getattr(self, name) for name in HIDDEN_TARGETS)
 
 
 class ClipTargets(NamedTuple):
@@ -124,6 +143,11 @@ class Objective(nn.Module):
         if config.clap_lite:
             self.classes = nn.Parameter(torch.randn(classes, dim) * 0.02)
             self.clap_lite_scale = nn.Parameter(torch.tensor(losses.initial_log_scale(config.temperature)))
+        self.teacher: AudioMAE | None = None
+        if config.latent:
+            self.teacher = copy.deepcopy(_masked_backbone(encoder)).requires_grad_(False)
+            self.teacher.decoder = None
+            self.latent_head = nn.Linear(self.teacher.config.decoder_embed_dim, self.teacher.dim)
         if config.clap:
             assert caption_vectors is not None
             self.caption_vectors: Tensor
@@ -141,8 +165,7 @@ class Objective(nn.Module):
             generator: of the views' device; draws the masks.
             replay: second pass of gradient caching.
         """
-        embeddings, reconstruction = self.embed_views(views, generator, reconstruct=self.config.mae > 0)
-        parts = {} if reconstruction is None else {"mae": reconstruction}
+        embeddings, parts = self.embed_views(views, generator, reconstruct=self.config.reconstructs)
         if replay is None:
             parts |= self.compare(embeddings, targets)
             loss = self.weighted(parts)
@@ -158,39 +181,71 @@ class Objective(nn.Module):
         terms = [getattr(self.config, name) * value for name, value in parts.items()]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
-    def embed_views(self, views: Tensor, generator: Generator, reconstruct: bool) -> tuple[Tensor, Tensor | None]:
-        """Unit embeddings float32[V, B, D] of the views, and the reconstruction loss where asked for.
+    def embed_views(self, views: Tensor, generator: Generator, reconstruct: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Unit embeddings float32[V, B, D] of the views, and the losses over what is hidden where asked for.
 
         The views go through the backbone as one batch; with `view_tokens: visible` embeddings come from the very
         tokens that the masked pass encoded. [V, B, 0] when no loss compares clips.
         """
         config, encoder = self.config, self.encoder
         x = encoder.features.finish(views.flatten(0, 1)).x
-        embeddings, reconstruction = x.new_empty(len(x), 0), None
+        embeddings, parts = x.new_empty(len(x), 0), dict[str, Tensor]()
         if reconstruct or (config.compares and config.view_tokens == "visible"):
             seen, drawn = self._encode_visible(x, generator)
             if reconstruct:
                 rows = len(x) if config.mae_views == "all" else views.shape[1]
-                reconstruction = self._reconstruct(
-                    x[:rows], seen.tokens[:rows], drawn.ids_restore[:rows], drawn.mask[:rows]
-                )
+                parts = self._reconstruct(x[:rows], seen.tokens[:rows], drawn.ids_restore[:rows], drawn.mask[:rows])
             if config.compares and config.view_tokens == "visible":
                 embeddings = encoder.head(seen.tokens, None, seen.cls_attention)
         if config.compares and config.view_tokens == "all":
             embeddings = encoder.embed_spectrogram(x)
-        return embeddings.float().unflatten(0, (len(views), -1)), reconstruction
+        return embeddings.float().unflatten(0, (len(views), -1)), parts
 
-    def _reconstruct(self, x: Tensor, tokens: Tensor, ids_restore: Tensor, mask: Tensor) -> Tensor:
-        backbone = _masked_backbone(self.encoder)
-        pred = backbone.decode(tokens, ids_restore)
-        return mae_loss(pred, backbone.patchify(x), mask, backbone.config.norm_pix_loss)
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Let the teacher of the latent targets follow the encoder; `progress` runs from 0 to 1 over the training.
+
+        Its decay rises to 1 with half a cosine (Grill et al. 2020, BYOL, section 3.3).
+        """
+        if self.teacher is None:
+            return
+        decay = 1 - (1 - self.config.teacher_decay) * (math.cos(math.pi * progress) + 1) / 2
+        student = dict(_masked_backbone(self.encoder).named_parameters())
+        for name, parameter in self.teacher.named_parameters():
+            parameter.lerp_(student[name], 1 - decay)
+
+    def _reconstruct(self, x: Tensor, tokens: Tensor, ids_restore: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Pixels of the hidden patches, and the teacher's tokens: hidden ones, and their mean from the cls token.
+
+        The latent targets are those of EAT (Chen et al. 2024, *EAT: Self-Supervised Pre-Training with Efficient Audio
+        Transformer*, section 3): what a moving average of the encoder makes of the whole view.
+        """
+        config, backbone = self.config, _masked_backbone(self.encoder)
+        decoded = backbone.decode_tokens(tokens, ids_restore)
+        parts: dict[str, Tensor] = {}
+        if config.mae:
+            assert backbone.decoder is not None
+            pred = backbone.decoder.pred(decoded)
+            parts["mae"] = mae_loss(pred, backbone.patchify(x), mask, backbone.config.norm_pix_loss)
+        if self.teacher is not None:
+            with torch.no_grad():
+                every = self.teacher.encode(x).tokens[:, 1:].float()
+            target = F.layer_norm(every, every.shape[-1:])
+            frames = mae_loss(self.latent_head(decoded), target, mask, norm_pix=False)
+            clips = F.mse_loss(
+                F.layer_norm(tokens[:, 0].float(), every.shape[-1:]), F.layer_norm(every.mean(1), every.shape[-1:])
+            )
+            parts["latent"] = frames + clips
+        return parts
 
     def _encode_visible(self, x: Tensor, generator: Generator) -> tuple[EncoderOutput, Masking]:
         config, backbone = self.config, _masked_backbone(self.encoder)
         ratio = backbone.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
         grid = backbone.grid(x.shape[2])
-        every = torch.ones(len(x), grid[0] * grid[1], dtype=torch.bool, device=x.device)
-        drawn = random_masking(every, grid, ratio, config.mask_mode or backbone.config.mask_mode, generator)
+        modes = config.view_mask_modes or (config.mask_mode or backbone.config.mask_mode,)
+        every = torch.ones(len(x) // len(modes), grid[0] * grid[1], dtype=torch.bool, device=x.device)
+        draws = [random_masking(every, grid, ratio, mode, generator) for mode in modes]
+        drawn = Masking(*(torch.cat(parts) for parts in zip(*draws, strict=True)))
         attention = config.compares and self.encoder.pooling.needs_cls_attention
         return backbone.encode(x, ids_keep=drawn.ids_keep, want_cls_attention=attention), drawn
 
@@ -228,6 +283,11 @@ class Objective(nn.Module):
             return parts
 
 
+def _standard(tokens: Tensor) -> Tensor:
+    """Zero mean and unit deviation over the last axis."""
+    return F.layer_norm(tokens, tokens.shape[-1:])
+
+
 def _masked_backbone(encoder: AudioEncoder) -> AudioMAE:
     backbone = encoder.backbone
     assert isinstance(backbone, AudioMAE)
@@ -235,11 +295,11 @@ def _masked_backbone(encoder: AudioEncoder) -> AudioMAE:
 
 
 def _check(encoder: AudioEncoder, config: ObjectiveConfig, classes: int, captions: Tensor | None) -> None:
-    masked = config.mae > 0 or config.view_tokens == "visible"
+    masked = config.reconstructs or config.view_tokens == "visible"
     if masked and not isinstance(encoder.backbone, AudioMAE):
         raise ConfigError(
             "objective: masked passes need an AudioMAE backbone, and this encoder has another one: "
-            "set objective.mae=0 and objective.view_tokens=all"
+            "set objective.mae=0, objective.latent=0 and objective.view_tokens=all"
         )
     if config.view_tokens == "visible" and encoder.config.pooling == "freq_concat" and config.compares:
         raise ConfigError(

@@ -50,8 +50,10 @@ class Validator:
     def run(self, encoder: AudioEncoder) -> dict[str, float]:
         """Metrics of the encoder as it is: `val_mAP`, `val_R@1`, and the gauges over the queries.
 
-        Empty when no clip is held out. Every rank gets the same numbers and must call this.
+        Empty when no clip is held out. An encoder that is to be centred is fitted to the gallery first. Every rank gets
+        the same numbers and must call this.
         """
+        self._centre(encoder)
         if len(self.queries) < 2 or len(self.gallery) == 0:
             return {}
         training = encoder.training
@@ -62,6 +64,16 @@ class Validator:
             return metrics | collapse_gauges(first, second)
         finally:
             encoder.train(training)
+
+    def _centre(self, encoder: AudioEncoder) -> None:
+        """Set the encoder's centre to the mean vector of the training clips (of `max_gallery` of them)."""
+        if encoder.centre is None or not len(self.gallery):
+            return
+        training = encoder.training
+        encoder.eval()
+        encoder.centre.zero_()
+        encoder.centre.copy_(self._embed(encoder, self.gallery).mean(0))
+        encoder.train(training)
 
     def _retrieval(self, encoder: AudioEncoder) -> dict[str, float]:
         if self.labelled:

@@ -333,3 +333,37 @@ def test_s3_directory_saves_and_loads(encoder, s3_bucket):
     assert (again.embed([sound]) == encoder.embed([sound])).all()
     with pytest.raises(FileNotFoundError, match="no encoder here"):
         AudioEncoder.load(f"{s3_bucket}/models/two")
+
+
+# --- centre and crops -------------------------------------------------------------------------------------------------
+
+
+def test_centring_and_crops_keep_vectors_independent_of_the_batch_and_enter_the_fingerprint(tmp_path):
+    plain, moved = make(), make(centred=True, crops=3)
+    moved.centre.copy_(torch.linspace(-0.1, 0.1, moved.dim))
+    assert len({plain.fingerprint, make(centred=True).fingerprint, make(crops=3).fingerprint, moved.fingerprint}) == 4
+    sounds = clips(80_000, 16_000, 33_000)
+    together = moved.embed(sounds)
+    alone = np.concatenate([moved.embed([sound]) for sound in sounds])
+    np.testing.assert_allclose((together * alone).sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    moved.save(tmp_path / "moved")
+    again = AudioEncoder.load(tmp_path / "moved", device="cpu")
+    assert again.fingerprint == moved.fingerprint
+    np.testing.assert_allclose(again.embed(sounds), together, atol=1e-6)
+
+
+def test_crops_average_the_clip_over_where_it_starts():
+    one, four = make(), make(crops=4)
+    (sound,) = clips(32_000)
+    x = one.features(torch.from_numpy(sound)[None]).x
+    rolled = [one.embed_spectrogram(torch.roll(x, -50 * number, dims=2)) for number in range(4)]
+    expected = torch.nn.functional.normalize(torch.stack(rolled).sum(0), dim=-1)
+    torch.testing.assert_close(torch.from_numpy(four.embed([sound])), expected, atol=1e-5, rtol=0)
+
+
+def test_losses_see_neither_centre_nor_crops():
+    plain, moved = make().train(), make(centred=True, crops=2).train()
+    moved.centre.fill_(0.3)
+    x = torch.randn(2, 1, 200, 80, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(plain.embed_spectrogram(x), moved.embed_spectrogram(x))

@@ -137,3 +137,19 @@ def test_masks_fill_whole_spans_with_the_mean(axis):
 def test_masks_without_a_size_are_refused(broken):
     with pytest.raises(ValueError, match="give the masks a size"):
         AugmentConfig(**broken)
+
+
+def test_pitch_moves_a_tone_along_the_mel_axis_and_nothing_else():
+    x = torch.full((64, 40, 50), -10.0)
+    x[:, :, 25] = 0.0
+    moved = augment.resampled_crop(x, 40, 1.0, 0.0, seeded(), pitch=0.1)
+    peaks = moved.mean(1).argmax(1)
+    assert peaks.min() >= 20 and peaks.max() <= 30 and len(set(peaks.tolist())) > 5
+    torch.testing.assert_close(moved, moved[:, :1].expand_as(moved), atol=1e-4, rtol=0)
+
+
+def test_scales_give_each_view_its_crop_length():
+    config = AugmentConfig(scales=(1.0, 0.5), stretch=1.2)
+    assert config.crop_frames(100, 2) == [120, 60] and config.crop_frames(100, 1) == [120]
+    with pytest.raises(ValueError, match="shares of the window"):
+        AugmentConfig(scales=(1.0, 0.0))

@@ -35,7 +35,7 @@ def encoder(pooling: str = "mean", decoder: bool = True, **fields) -> AudioEncod
 def objective(pooling: str = "mean", classes: int = CLASSES, captions=None, text=None, **fields) -> Objective:
     torch.manual_seed(0)
     config = ObjectiveConfig(**fields)
-    return Objective(encoder(pooling, config.mae > 0, text=text), config, classes, captions).train()
+    return Objective(encoder(pooling, config.reconstructs, text=text), config, classes, captions).train()
 
 
 def batch(rows: int = 8, views: int = 2, seed: int = 0) -> tuple[torch.Tensor, ClipTargets]:
@@ -192,7 +192,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(ranks, case):
     targets = ClipTargets(*(torch.cat(parts) for parts in zip(*(t for _, t in shares), strict=True)))
     parts = module.compare(torch.cat(embedded, dim=1), targets)
     if module.config.mae:
-        parts["mae"] = torch.stack(rebuilt).mean()
+        parts["mae"] = torch.stack([part["mae"] for part in rebuilt]).mean()
     loss = module.weighted(parts)
     loss.backward()
     assert sum(ranks[rank][case][0] for rank in (0, 1)) / 2 == pytest.approx(float(loss.detach()), rel=1e-5)
@@ -202,3 +202,31 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(ranks, case):
             assert theirs is None or theirs.abs().max() == 0
         else:
             torch.testing.assert_close(theirs, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_each_view_hides_in_its_own_way():
+    module = objective(mae=0.0, contrastive=1.0, view_mask_modes=("time", "frequency"), mask_ratio=0.5)
+    steps, bands = module.encoder.backbone.config.grid
+    _, drawn = module._encode_visible(torch.zeros(8, 1, FRAMES, BANDS), masks())
+    hidden = drawn.mask.unflatten(1, (steps, bands)).bool()
+    assert torch.equal(hidden[:4].all(2), hidden[:4].any(2)), "the first view hides whole time steps"
+    assert torch.equal(hidden[4:].all(1), hidden[4:].any(1)), "the second hides whole bands"
+    with pytest.raises(ValueError, match="set views: 2"):
+        ObjectiveConfig(views=1, view_mask_modes=("time", "frequency"))
+
+
+def test_latent_targets_train_the_encoder_and_the_teacher_follows():
+    module = objective(mae=0.0, latent=1.0, views=1)
+    out = module(*batch(views=1), masks())
+    out.loss.backward()
+    student = module.encoder.backbone
+    assert student.patch_proj.weight.grad.abs().max() > 0 and module.latent_head.weight.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in module.teacher.parameters())
+    before = module.teacher.patch_proj.weight.clone()
+    with torch.no_grad():
+        student.patch_proj.weight += 1.0
+    module.after_step(progress=0.0)
+    torch.testing.assert_close(module.teacher.patch_proj.weight, before + 0.01, atol=1e-6, rtol=0)
+    module.after_step(progress=1.0)  # by the end of the training it stands still
+    torch.testing.assert_close(module.teacher.patch_proj.weight, before + 0.01, atol=1e-6, rtol=0)
+    assert "teacher.patch_proj.weight" in module.state_dict(), "a resumed run goes on with the same teacher"

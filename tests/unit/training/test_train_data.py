@@ -115,7 +115,7 @@ def loader(cache) -> Loader:
     clips = features.read_clips(str(cache), 2)
     good = clips.filter(pa.compute.is_null(clips["error"]))
     store = FeatureStore(cache, good["shard"], good["first_frame"], good["frames"])
-    return Loader(store, Sampler(np.arange(4), 2, seed=0), frames=10, views=2, rank=0, world_size=1)
+    return Loader(store, Sampler(np.arange(4), 2, seed=0), frames=10, crops=[10, 10], rank=0, world_size=1)
 
 
 def test_batches_do_not_depend_on_where_reading_began(loader):
@@ -127,6 +127,14 @@ def test_batches_do_not_depend_on_where_reading_began(loader):
         np.testing.assert_array_equal(first.features, again.features)
     assert whole[0].features.shape == (2, 2, 10, BANDS)
     assert not np.array_equal(whole[0].features[0], whole[0].features[1])
+
+
+def test_a_short_crop_is_repeated_to_fill_its_view(loader):
+    loader.crops = np.array([10, 4])
+    features = loader.read(0).features
+    np.testing.assert_array_equal(features[1, :, 4:8], features[1, :, :4])
+    np.testing.assert_array_equal(features[1, :, 8:], features[1, :, :2])
+    assert not np.array_equal(features[0, :, 4:8], features[0, :, :4])
 
 
 def test_a_reader_that_is_left_early_stops_its_thread(loader):

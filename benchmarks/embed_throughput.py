@@ -40,8 +40,9 @@ from audiomae.artifacts.embeddings import EmbedSettings
 from audiomae.config import build_config
 from audiomae.corpus.manifest import list_corpus
 from audiomae.corpus.synthetic import generate
-from audiomae.embedding.decoding import Clip, decode_item
+from audiomae.embedding.decoding import decode_item
 from audiomae.embedding.embedder import BatchEncoder
+from audiomae.embedding.pieces import Clip
 from audiomae.errors import ItemError
 from audiomae.model.audiomae import AudioMAE
 from audiomae.model.encoder import AudioEncoder, EncoderConfig

@@ -27,6 +27,7 @@ from audiomae.corpus.manifest import Corpus, ReadAs, list_corpus
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.plan import Plan, load_plan, new_plan, normalise_listing, read_items
 from audiomae.embedding.update import copy_shard, difference, updated_plan
+from audiomae.embedding.windowing import Windowing, fitting_windows, sampled_durations
 from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.storage import to_path
@@ -53,9 +54,20 @@ class EmbedConfig(PlacementConfig):
         {}, description="of columns of the listing, e.g. label=int,fold=text (text, int, float, bool, date, timestamp)"
     )
     null_words: NullWords = Field((), description="unquoted words of a CSV that mean missing, e.g. NA,null")
-    window_s: float | None = Field(None, gt=0, description="window length in seconds; default: the encoder's own")
+    window_s: float | None = Field(
+        None,
+        gt=0,
+        description="window length in seconds; default: a whole file if files are short, else the encoder's",
+    )
     hop_s: float | None = Field(None, gt=0, description="distance between window starts; default: window_s")
     per_file: bool = Field(False, description="one vector per file, the mean over its windows")
+    silence: Literal["skip", "keep"] | None = Field(
+        None, description="windows without signal: skip = rows of silent/ (default), keep = embed them like any other"
+    )
+    silence_db: float | None = Field(None, description="a window with a lower peak is silent, in dBFS; default: -60")
+    silence_range_db: float | None = Field(
+        None, gt=0, description="so is one this far below the loudest window of its file, in dB; default: 50"
+    )
     retry_failed: bool = Field(False, description="embed again the files in failures/")
     update: bool = Field(
         False, description="take over a changed corpus: embed what is new or changed, drop what is gone"
@@ -86,9 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the job; 0, or 1 when too much failed or something is left to do."""
     began = time.time()
     config = parse_arguments(argv)
-    settings = embed_settings(config)
+    encoder = load_encoder(config.encoder)
     corpus = list_corpus(config.corpus, ReadAs(types=config.types, null_words=config.null_words))
     listing, duplicates = normalise_listing(corpus.batches())
+    settings, windowing = embed_settings(config, encoder, corpus.root, listing)
+    print(describe(settings, windowing))
     if duplicates:
         print(f"{duplicates:,} rows of the corpus repeat a uri; the first of each is used")
     for line in corpus.notes.lines():
@@ -97,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, value in estimate(config.encoder, settings, corpus.root, listing).items():
             print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value:,}")
         return 0
-    plan = plan_in_force(config, settings, corpus, listing)
+    plan = plan_in_force(config, settings, corpus, listing, windowing)
     return finish(config, plan, embed(config, plan, began))
 
 
@@ -125,25 +139,63 @@ def absolute(encoder: str) -> str:
     return f"{kind}{Path(path).expanduser().absolute()}" if is_path else encoder
 
 
-def embed_settings(config: EmbedConfig) -> EmbedSettings:
-    """What decides the vectors: the encoder's fingerprint and the windowing."""
+def load_encoder(encoder: str) -> AudioEncoder:
+    """The encoder on the CPU, for what it says of itself."""
     try:
-        encoder = AudioEncoder.load(config.encoder, device="cpu", dtype="float32")
+        return AudioEncoder.load(encoder, device="cpu", dtype="float32")
     except FileNotFoundError as error:
-        raise UserError(f"--encoder {config.encoder}: {error}") from None
-    window_s = config.window_s or encoder.window_s
-    return EmbedSettings(
+        raise UserError(f"--encoder {encoder}: {error}") from None
+
+
+def embed_settings(
+    config: EmbedConfig, encoder: AudioEncoder, root: str, listing: pa.Table
+) -> tuple[EmbedSettings, str]:
+    """What decides the vectors, and why the windows are as they are.
+
+    What the command does not say is as it was when the folder was begun; in a new folder windows fit the corpus and
+    silence is skipped.
+    """
+    plan = load_plan(config.out)
+    said = {name: getattr(config, name) for name in ("silence", "silence_db", "silence_range_db")}
+    given = {name: value for name, value in said.items() if value is not None}
+    if plan is not None:
+        before = plan.settings
+        chosen = Windowing(before.window_s, before.hop_s, "as this folder was begun")
+        rest = before.model_dump(include={"last_window", *said})
+    else:
+        chosen = fitting_windows(sampled_durations(root, listing) if config.window_s is None else [], encoder.window_s)
+        rest = {"last_window": "whole", "silence": "skip"}
+    if config.window_s is not None:
+        chosen = Windowing(config.window_s, config.hop_s or config.window_s, "as asked")
+    settings = EmbedSettings(
         fingerprint=encoder.fingerprint,
         dim=encoder.dim,
         sample_rate=encoder.sample_rate,
         mode="file" if config.per_file else "windows",
-        window_s=window_s,
-        hop_s=config.hop_s or window_s,
+        window_s=chosen.window_s,
+        hop_s=chosen.hop_s,
         vector_dtype=config.vector_dtype,
+        **{**rest, **given},
     )
+    return settings, chosen.reason
 
 
-def plan_in_force(config: EmbedConfig, settings: EmbedSettings, corpus: Corpus, listing: pa.Table) -> Plan:
+def describe(settings: EmbedSettings, reason: str) -> str:
+    """Windows and silence in one line."""
+    every = "" if settings.hop_s == settings.window_s else f" every {settings.hop_s:g} s"
+    silent = (
+        f"a window with a peak below {settings.silence_db:g} dBFS, or {settings.silence_range_db:g} dB below the "
+        "loudest of its file, is silent and a row of silent/"
+        if settings.silence == "skip"
+        else "silent windows are embedded too"
+    )
+    unit = "one vector a file, the mean over windows" if settings.mode == "file" else "windows"
+    return f"{unit} of {settings.window_s:g} s{every}: {reason}; {silent}"
+
+
+def plan_in_force(
+    config: EmbedConfig, settings: EmbedSettings, corpus: Corpus, listing: pa.Table, windowing: str = ""
+) -> Plan:
     """The plan to carry out: a new one, the one that is there, or (`--update`, `--retry-failed`) its next generation.
 
     Raises:
@@ -163,7 +215,7 @@ def plan_in_force(config: EmbedConfig, settings: EmbedSettings, corpus: Corpus, 
     }
     plan = load_plan(config.out)
     if plan is None:
-        return new_plan(config.out, listing, settings, probe, **named)
+        return new_plan(config.out, listing, settings, probe, windowing=windowing, **named)
     refuse_other_settings(config.out, plan.settings, settings)
     changes = difference(read_items(config.out, plan), listing)
     moved = plan.corpus_root != corpus.root
@@ -263,7 +315,12 @@ def run_record(config: EmbedConfig, plan: Plan, status: str) -> dict[str, Any]:
         "corpus": plan.corpus,
         "corpus_root": plan.corpus_root,
     }
-    record |= {"manifest_hash": plan.manifest_hash, "generation": plan.generation, "config": config.model_dump()}
+    record |= {
+        "manifest_hash": plan.manifest_hash,
+        "generation": plan.generation,
+        "windowing": plan.windowing,
+        "config": config.model_dump(),
+    }
     return plan.settings.model_dump() | record
 
 

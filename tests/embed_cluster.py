@@ -108,13 +108,12 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
     import pyarrow as pa
     import torch
 
-    from audiomae.artifacts.embeddings import EmbedSettings
+    from audiomae.artifacts.embeddings import EmbedSettings, write_run
     from audiomae.corpus.manifest import list_corpus
     from audiomae.embedding.decoding import EmbedJob
     from audiomae.embedding.plan import new_plan, normalise_listing
     from audiomae.embedding.stages import FusedStage
     from audiomae.model.encoder import AudioEncoder
-    from audiomae.storage import write_json
 
     model, listed = AudioEncoder.load(encoder), list_corpus(str(corpus))
     settings = EmbedSettings(
@@ -134,7 +133,7 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
     for entry in plan.shards:
         stage(pa.table({"entry": [entry.model_dump_json()]}))
     torch.set_num_threads(threads)
-    write_json(out / "run.json", settings.model_dump() | {"inputs": plan.num_items})
+    write_run(out, settings.model_dump() | {"inputs": plan.num_items})
     return out
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from audiomae import storage
 from audiomae.artifacts import releases as release
-from audiomae.artifacts.embeddings import EmbeddingSet, ShardOrigin, ShardTables, commit_shard
+from audiomae.artifacts.embeddings import EmbeddingSet, ShardOrigin, ShardTables, commit_shard, write_run
 from audiomae.artifacts.releases import Release
 from audiomae.artifacts.tables import EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
@@ -69,7 +69,7 @@ def make_set(
         "files": [],
     }
     run = {"fingerprint": fingerprint, "dim": vectors.shape[1], "encoder": encoder, "corpus_root": root}
-    storage.write_json(directory / "run.json", run)
+    write_run(directory, run)
     storage.write_json(directory / "manifest" / f"plan-{generation:06d}.json", plan)
     for number, name in enumerate(fresh):
         piece = table.slice(edges[number], edges[number + 1] - edges[number]).cast(schema)

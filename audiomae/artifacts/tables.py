@@ -39,7 +39,16 @@ Value = TypeVar("Value")
 
 
 class EmbedSettings(StrictConfig):
-    """What decides the vectors of a corpus: two runs with equal settings give equal rows."""
+    """What decides the vectors of a corpus: two runs with equal settings give equal rows.
+
+    A setting that came later defaults to what was done before it, so that older folders stay what they are.
+
+    Attributes:
+        silence: `skip` = silent windows are rows of `silent/` and get no vector; `keep` = they are embedded too.
+        silence_db: a window whose peak lies below this (dBFS) is silent.
+        silence_range_db: so is one whose peak lies this far below the loudest window of its file (or segment).
+        last_window: `whole` = a file's last window is moved back until it is full; `partial` = it is cut short.
+    """
 
     fingerprint: str
     dim: int
@@ -48,6 +57,10 @@ class EmbedSettings(StrictConfig):
     window_s: float
     hop_s: float
     vector_dtype: Literal["float32", "float16"] = "float32"
+    silence: Literal["keep", "skip"] = "keep"
+    silence_db: float = -60.0
+    silence_range_db: float = 50.0
+    last_window: Literal["partial", "whole"] = "partial"
 
 
 def embedding_schema(settings: EmbedSettings, extra: Sequence[pa.Field] = ()) -> pa.Schema:

@@ -12,7 +12,7 @@ decode to 1e-5, wherever it starts.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soxr
@@ -25,6 +25,7 @@ __all__ = ["AudioInfo", "DecodeError", "DecodeLimits", "Window", "decode", "iter
 
 PIECE_S = 20.0
 MARGIN_SAMPLES = 256
+LastWindow = Literal["partial", "whole"]
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,15 @@ def iter_windows(
     start_s: float = 0.0,
     end_s: float | None = None,
     limits: DecodeLimits = DEFAULT_LIMITS,
+    last_window: LastWindow = "partial",
 ) -> Iterator[Window]:
     """The windows of a file in one forward pass, in memory that does not depend on its length.
 
     Windows start at `start_s`, `start_s + hop_s`, ...; those that start before `end_s` are given, each whole even where
     it reaches past `end_s`. So a file cut into segments at multiples of `hop_s` gives the same windows as the file in
-    one go. The last window may be partial: it is kept if at least half full and not already covered by the one before;
-    a file shorter than a window gives its one window.
+    one go. What is left after the last whole window is kept if it would fill at least half a window and is not covered
+    by the one before: cut short (`partial`), or moved back until it is whole (`whole`). A file shorter than a window
+    gives its one window.
 
     Args:
         source: a local path, an `s3://` URI, the file's bytes, or a seekable binary file.
@@ -108,6 +111,7 @@ def iter_windows(
         hop_s: distance between window starts; rounded to samples.
         start_s: first window's start.
         end_s: no window starts here or later; `None` goes to the end of the file.
+        last_window: what becomes of a rest at the end of the file.
 
     Raises:
         DecodeError: possibly after some windows; the caller drops or keeps those.
@@ -122,7 +126,8 @@ def iter_windows(
         return
     given = False
     with opened(source, limits) as file:
-        for begin, samples in _slide(_resampled(file, sample_rate, first, last), first, size, hop, stop):
+        pieces = _resampled(file, sample_rate, first, last)
+        for begin, samples in _slide(pieces, first, size, hop, stop, last_window == "whole"):
             given = True
             yield Window(begin / sample_rate, (begin + len(samples)) / sample_rate, samples)
     if not given and first == 0:
@@ -130,13 +135,14 @@ def iter_windows(
 
 
 def _slide(
-    pieces: Iterator[np.ndarray], first: int, size: int, hop: int, stop: int | None
+    pieces: Iterator[np.ndarray], first: int, size: int, hop: int, stop: int | None, whole: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(start, float32[<=size]) of each window over contiguous pieces that begin at sample `first`."""
+    held = size if whole else 0  # samples before the next window that a last one may reach back to
     buffer = np.empty(0, np.float32)
     base = begin = first  # of the buffer, of the next window
     for piece in pieces:
-        keep = min(max(0, begin - base), len(buffer))
+        keep = min(max(0, begin - held - base), len(buffer))
         buffer, base = np.concatenate([buffer[keep:], piece]) if len(buffer) > keep else piece, base + keep
         while begin + size <= base + len(buffer) and (stop is None or begin < stop):
             yield begin, buffer[begin - base : begin - base + size].copy()
@@ -146,6 +152,7 @@ def _slide(
         return
     covered = begin > 0 and begin - hop + size >= end
     if begin == 0 or (not covered and 2 * (end - begin) >= size):
+        begin = max(base, min(begin, end - held)) if whole else begin
         yield begin, buffer[begin - base :].copy()
 
 

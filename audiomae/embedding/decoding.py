@@ -18,60 +18,23 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from audiomae.artifacts.tables import DAMAGED, FAILED, EmbedSettings
 from audiomae.config import StrictConfig
 from audiomae.corpus.decode import iter_windows
 from audiomae.corpus.manifest import open_source
+from audiomae.embedding.pieces import PIECES, Clip, Damage, Piece, Silent
+from audiomae.embedding.silence import hush
 from audiomae.errors import DecodeError, ItemError
 
 MEMORY_LIMIT_BYTES = 8 << 30
-BLOCK = 64
 TRIES = 3
 BACKOFF_S = 0.5
 READ_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
-class Clip(NamedTuple):
-    """One window on its way to the encoder: float32 samples `[S]`, or int16 with the factors that restore them.
-
-    `scales` float32 `[ceil(S / 64)]`: one for each `BLOCK` of samples (`payload.quantise`).
-    """
-
-    start_s: float
-    end_s: float
-    samples: np.ndarray
-    scales: np.ndarray | None = None
-
-
-class Silent(NamedTuple):
-    """A window that is left out because nothing can be heard in it: a row of `silent/`.
-
-    `peak_db` is its peak in dBFS.
-    """
-
-    start_s: float
-    end_s: float
-    reason: str
-    peak_db: float
-
-
-class Damage(NamedTuple):
-    """A span of an item that gave no samples while the rest of it did: a row of `failures/` of kind `damaged`."""
-
-    start_s: float
-    end_s: float | None
-    stage: str
-    error_class: str
-    message: str
-
-
 Item = dict[str, Any]
-Piece = Clip | Silent | Damage
-PIECES: dict[str, Callable[..., Piece]] = {kind.__name__: kind for kind in (Clip, Silent, Damage)}
 Decode = Callable[[Item], Iterator[Piece]]
 
 
@@ -85,8 +48,17 @@ def decode_item(item: Item, root: str, settings: EmbedSettings) -> Iterator[Piec
     end = None if end is None or math.isinf(end) else end
     try:
         source = open_source(root, item["uri"], item.get("tar_offset"), item.get("size"))
-        for window in iter_windows(source, settings.sample_rate, settings.window_s, settings.hop_s, start, end):
-            yield Clip(window.start_s, window.end_s, window.samples)
+        windows = iter_windows(
+            source,
+            settings.sample_rate,
+            settings.window_s,
+            settings.hop_s,
+            start,
+            end,
+            last_window=settings.last_window,
+        )
+        clips = (Clip(window.start_s, window.end_s, window.samples) for window in windows)
+        yield from hush(clips, settings) if settings.silence == "skip" else clips
     except DecodeError as error:
         raise ItemError(error.stage, error.error_class, error.message, error.error_class == "ReadFailed") from error
     except READ_ERRORS as error:
@@ -110,7 +82,10 @@ def consume_item(item: Item, decode: Decode, accept: Callable[[Piece], None], re
             for piece in decode(item):
                 count[type(piece)] += 1
                 accept(piece)
-            return None if count[Clip] else _nothing_to_embed(item, count[Silent], count[Damage])
+            quiet_segment = count[Silent] and item.get("segment_start_s") is not None
+            if count[Clip] or quiet_segment:  # the rest of a long recording may well be heard
+                return None
+            return _nothing_to_embed(item, count[Silent], count[Damage])
         except ItemError as error:
             reset()
             if not error.passing or attempt == TRIES:
@@ -123,7 +98,9 @@ def consume_item(item: Item, decode: Decode, accept: Callable[[Piece], None], re
 def _nothing_to_embed(item: Item, silent: int, damaged: int) -> Item:
     if silent:
         lost = f", {damaged} spans are damaged" if damaged else ""
-        return failure_row(item, "decode", "SilentAudio", f"nothing can be heard in its {silent} windows{lost}")
+        return failure_row(
+            item, "decode", "SilentAudio", f"nothing can be heard in its {silent} windows{lost}; see silent/"
+        )
     if damaged:
         return failure_row(item, "decode", "CorruptAudio", f"all of it is damaged ({damaged} spans)")
     return failure_row(item, "decode", "EmptyAudio", "no samples in the file or segment")

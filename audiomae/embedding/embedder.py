@@ -22,19 +22,8 @@ from audiomae.artifacts.tables import (
     vectors_to_column,
 )
 from audiomae.corpus.manifest import clip_id
-from audiomae.embedding.decoding import (
-    BLOCK,
-    Clip,
-    Damage,
-    Decode,
-    Item,
-    Piece,
-    Silent,
-    consume_item,
-    damage_row,
-    failure_row,
-    silent_row,
-)
+from audiomae.embedding.decoding import Decode, Item, consume_item, damage_row, failure_row, silent_row
+from audiomae.embedding.pieces import BLOCK, Clip, Damage, Piece, Silent
 from audiomae.embedding.plan import extra_columns
 from audiomae.model.encoder import AudioEncoder
 
@@ -105,6 +94,8 @@ class _Rows:
     def __init__(self, encode: Encode) -> None:
         self.encode = encode
         self.spans: list[tuple[int, float, float]] = []
+        self.started: dict[float, int] = {}  # row of the present item by its start
+        self.taken_back: set[int] = set()
         self.notes: list[tuple[int, Silent | Damage]] = []
         self.vectors: dict[int, np.ndarray] = {}
         self.waiting: list[tuple[int, Clip]] = []
@@ -115,24 +106,47 @@ class _Rows:
         """Take a piece of the item with this number."""
         if isinstance(piece, Clip):
             self._add_clip(item, piece)
-        else:
-            self.notes.append((item, piece))
+            return
+        self.notes.append((item, piece))
+        if isinstance(piece, Silent):
+            self._take_back(piece.start_s)
 
     def _add_clip(self, item: int, clip: Clip) -> None:
         self.waiting.append((len(self.spans), clip))
+        self.started[clip.start_s] = len(self.spans)
         self.spans.append((item, clip.start_s, clip.end_s))
         self.waiting_samples += len(clip.samples)
         if self.waiting_samples >= BUFFER_SAMPLES:
             self.flush()
 
+    def _take_back(self, start_s: float) -> None:
+        """Leave out the present item's window of this start, if there is one: it turned out to be silent."""
+        row = self.started.pop(start_s, None)
+        if row is not None:
+            self.taken_back.add(row)
+            self.vectors.pop(row, None)
+            self.waiting = [pair for pair in self.waiting if pair[0] != row]
+
+    def item_spans(self) -> dict[int, tuple[float, float]]:
+        """Seconds from where the first window of each item starts to where its last ends, silent ones included."""
+        silent = ((item, note.start_s, note.end_s) for item, note in self.notes if isinstance(note, Silent))
+        found: dict[int, tuple[float, float]] = {}
+        for item, start, end in [*self.spans, *silent]:
+            first, last = found.get(item, (start, end))
+            found[item] = min(first, start), max(last, end)
+        return found
+
     def mark(self) -> tuple[int, int]:
-        """The present end, for `drop`."""
+        """The present end, for `drop`; another item begins here."""
+        self.started = {}
         return len(self.spans), len(self.notes)
 
     def drop(self, mark: tuple[int, int]) -> None:
         """Forget what came after `mark`: its item failed half-way."""
         first, first_note = mark
         del self.spans[first:], self.notes[first_note:]
+        self.taken_back = {row for row in self.taken_back if row < first}
+        self.started = {}
         self.waiting = [pair for pair in self.waiting if pair[0] < first]
         self.vectors = {row: vector for row, vector in self.vectors.items() if row < first}
 
@@ -150,25 +164,27 @@ def _build_table(
 ) -> tuple[pa.Table, float]:
     """The embedding table and the audio seconds behind it; items with a non-finite vector join `failures`."""
     uris = items["uri"].to_pylist()
-    vectors = np.array([rows.vectors[row] for row in range(len(rows.spans))], np.float32).reshape(-1, settings.dim)
-    numbers = np.array([span[0] for span in rows.spans], np.int64)
-    spans = np.array([span[1:] for span in rows.spans], np.float64).reshape(-1, 2).round(6)
+    kept = [row for row in range(len(rows.spans)) if row not in rows.taken_back]
+    vectors = np.array([rows.vectors[row] for row in kept], np.float32).reshape(-1, settings.dim)
+    numbers = np.array([rows.spans[row][0] for row in kept], np.int64)
+    spans = np.array([rows.spans[row][1:] for row in kept], np.float64).reshape(-1, 2).round(6)
     bad = np.unique(numbers[~np.isfinite(vectors).all(axis=1)])
     for number in bad:
         item = items.slice(int(number), 1).to_pylist()[0]
         failures[int(number)] = failure_row(item, "encode", "NonFiniteEmbedding", "the encoder gave NaN or infinity")
     keep = ~np.isin(numbers, bad)
     vectors, numbers, spans = vectors[keep], numbers[keep], spans[keep]
-    if len(np.unique(numbers)) + len(failures) != items.num_rows:
-        raise AssertionError(f"{items.num_rows} items gave {len(np.unique(numbers))} embedded + {len(failures)} failed")
-    firsts = np.flatnonzero(np.diff(numbers, prepend=-1))  # rows of an item are adjacent
-    lasts = np.append(firsts[1:], len(numbers)) - 1
-    audio_s = float((spans[lasts, 1] - spans[firsts, 0]).sum()) if len(numbers) else 0.0
+    heard = {number: span for number, span in rows.item_spans().items() if number not in failures}
+    if len(heard) + len(failures) != items.num_rows:
+        raise AssertionError(f"{items.num_rows} items gave {len(heard)} embedded + {len(failures)} failed")
+    audio_s = float(sum(end - start for start, end in heard.values()))
     window_s = settings.window_s
     if settings.mode == "file" and len(numbers):
+        firsts = np.flatnonzero(np.diff(numbers, prepend=-1))  # rows of an item are adjacent
         vectors = np.add.reduceat(vectors, firsts, axis=0)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        numbers, spans, window_s = numbers[firsts], np.stack([spans[firsts, 0], spans[lasts, 1]], axis=1), 0.0
+        numbers, window_s = numbers[firsts], 0.0
+        spans = np.array([heard[int(number)] for number in numbers]).round(6)
     schema = embedding_schema(settings, [items.schema.field(name) for name in extra_columns(items)])
     dtype = np.float16 if settings.vector_dtype == "float16" else np.float32
     columns = [

@@ -15,18 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from audiomae.embedding.decoding import (
-    BLOCK,
-    PIECES,
-    Clip,
-    Decode,
-    EmbedJob,
-    IsolatedDecoder,
-    Item,
-    Piece,
-    consume_item,
-    decoder_of,
-)
+from audiomae.embedding.decoding import Decode, EmbedJob, IsolatedDecoder, Item, consume_item, decoder_of
+from audiomae.embedding.pieces import BLOCK, PIECES, Clip, Piece
 from audiomae.embedding.plan import ShardEntry, read_shard_items
 from audiomae.errors import ItemError
 

@@ -67,6 +67,7 @@ class Plan(StrictConfig):
     files: list[dict[str, Any]]
     shards: list[ShardEntry]
     vanished: dict[str, Any] | None = None
+    windowing: str | None = None
 
     @property
     def num_items(self) -> int:
@@ -186,6 +187,7 @@ def new_plan(
     corpus: str,
     root: str,
     shard_cost_s: float | None = None,
+    windowing: str | None = None,
 ) -> Plan:
     """Plan a first run and put it in force (or return the one that another driver put in force first)."""
     items = build_items(listing, settings, probe)
@@ -199,6 +201,7 @@ def new_plan(
         manifest_hash=manifest_hash(listing),
         files=[],
         shards=[],
+        windowing=windowing,
     )
     return publish_plan(out, plan, items.append_column("shard", pa.array(names, pa.string())), {})
 

@@ -10,12 +10,11 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from audiomae.artifacts.embeddings import EmbeddingSet, EmbedSettings
+from audiomae.artifacts.embeddings import EmbeddingSet, EmbedSettings, write_run
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.plan import new_plan, normalise_listing
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.storage import write_json
 
 RATE, DAY_S = 8000, 86_400
 MODES = ["windows", "file"]
@@ -68,7 +67,7 @@ def peak_mib(folder: Path, encoder: Path, seconds: int, mode: str) -> float:
     output = subprocess.run(
         [sys.executable, "-c", EMBED, job.model_dump_json(), entries], check=True, capture_output=True, text=True
     ).stdout
-    write_json(folder / "out" / "run.json", settings.model_dump())
+    write_run(folder / "out", settings.model_dump())
     rows = EmbeddingSet.open(folder / "out").num_rows
     assert rows == (1 if mode == "file" else seconds // 5)
     started, peak = json.loads(output.splitlines()[-1])

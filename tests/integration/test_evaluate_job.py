@@ -9,7 +9,7 @@ import pytest
 import soundfile as sf
 
 from audiomae import AudioEncoder
-from audiomae.artifacts.embeddings import ShardOrigin, ShardTables, commit_shard
+from audiomae.artifacts.embeddings import ShardOrigin, ShardTables, commit_shard, write_run
 from audiomae.artifacts.tables import EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.errors import ConfigError, UserError
 from audiomae.metrics import score_protocol, summarise
@@ -42,7 +42,7 @@ def write_embeddings(out: Path, corpus: Path, noise: float, encoder: str = "gone
         origin = ShardOrigin(inputs=len(table), audio_s=1.0, fingerprint=settings.fingerprint, manifest="m")
         commit_shard(out, shard, ShardTables(table), origin)
     run = {"fingerprint": settings.fingerprint, "dim": 6, "encoder": encoder, "corpus_root": str(corpus)}
-    write_json(out / "run.json", run)
+    write_run(out, run)
     plan = {"generation": 0, "shards": [{"name": "s0"}, {"name": "s1"}], "settings": settings.model_dump(), "files": []}
     write_json(out / "manifest" / "plan-000000.json", plan)
     return vectors, rows

@@ -79,7 +79,7 @@ def out(tmp_path: Path) -> Path:
     ]
     plan = {"generation": 0, "settings": SETTINGS.model_dump(), "files": [], "shards": entries, "vanished": None}
     write_json(tmp_path / "manifest" / "plan-000000.json", plan)
-    write_json(tmp_path / "run.json", SETTINGS.model_dump() | {"encoder": "enc", "corpus_root": "sounds"})
+    write_run(tmp_path, SETTINGS.model_dump() | {"encoder": "enc", "corpus_root": "sounds"})
     return tmp_path
 
 

@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_content_decides_not_the_name(cases: Path, tmp_path: Path) -> None:
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
-def spans(path: Path, *args: float, **kwargs: float | None) -> list[tuple[float, float]]:
+def spans(path: Path, *args: float, **kwargs: Any) -> list[tuple[float, float]]:
     return [(round(w.start_s, 6), round(w.end_s, 6)) for w in iter_windows(path, RATE, *args, **kwargs)]
 
 
@@ -132,6 +133,22 @@ def test_last_window_rule(tmp_path: Path) -> None:
     assert spans(path, 4, 1)[-1] == (8, 12)  # the whole is covered: no partial windows beyond
     assert spans(path, 20, 20) == [(0, 12)]  # shorter than a window: its one window, however short
     assert spans(path, 2, 5) == [(0, 2), (5, 7), (10, 12)]
+
+
+def test_a_last_window_can_be_moved_back_until_it_is_whole(tmp_path: Path) -> None:
+    samples = signal(RATE, 12.0)
+    path = wav(tmp_path / "a.wav", samples)
+
+    def whole(window_s: float, hop_s: float) -> list[tuple[float, float]]:
+        return spans(path, window_s, hop_s, last_window="whole")
+
+    assert whole(5, 5) == [(0, 5), (5, 10)]  # 2 s are less than half of 5: as with partial windows
+    assert whole(4, 4) == [(0, 4), (4, 8), (8, 12)]
+    assert whole(4.5, 4.5) == [(0, 4.5), (4.5, 9), (7.5, 12)]
+    assert whole(5, 2.5) == [(0, 5), (2.5, 7.5), (5, 10), (7, 12)]
+    assert whole(20, 20) == [(0, 12)]  # a file shorter than a window is its one window
+    *_, last = iter_windows(path, RATE, 4.5, 4.5, last_window="whole")
+    np.testing.assert_allclose(last.samples, decode(path, RATE, 7.5), atol=1e-6)
 
 
 def test_shorter_than_anything_is_one_window(tmp_path: Path) -> None:

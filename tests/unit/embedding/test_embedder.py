@@ -14,9 +14,10 @@ from audiomae.artifacts.embeddings import ShardTables
 from audiomae.artifacts.tables import EmbedSettings, column_to_vectors
 from audiomae.corpus.manifest import clip_id
 from audiomae.embedding import decoding, embedder
-from audiomae.embedding.decoding import Clip, Damage, Item, Silent
+from audiomae.embedding.decoding import Item
 from audiomae.embedding.embedder import BatchEncoder, batches_by_length, embed_shard
 from audiomae.embedding.payload import Payload
+from audiomae.embedding.pieces import Clip, Damage, Silent
 from audiomae.errors import ItemError
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
@@ -136,7 +137,7 @@ def pieces(item: Item) -> Iterator[Clip | Silent | Damage]:
     if item["uri"] == "d.wav":
         yield Damage(0.0, None, "decode", "CorruptAudio", "lost sync")
         return
-    yield Silent(0.0, 1.0, "digital silence", float("-inf"))
+    yield Silent(5.0, 6.0, "digital silence", float("-inf"))
     if item["uri"] == "b.wav":
         return
     yield from windows(1)
@@ -156,7 +157,7 @@ def check_pieces(tables: ShardTables) -> None:
         ("d.wav", "failed", "CorruptAudio", None),
         ("a.wav", "damaged", "CorruptAudio", 1.5),
     ]
-    silent = {"start_s": 0.0, "end_s": 1.0, "reason": "digital silence", "peak_db": float("-inf")}
+    silent = {"start_s": 5.0, "end_s": 6.0, "reason": "digital silence", "peak_db": float("-inf")}
     assert tables.silent.to_pylist() == [{"uri": "a.wav", **silent}, {"uri": "b.wav", **silent}]
 
 

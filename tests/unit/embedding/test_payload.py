@@ -10,9 +10,10 @@ import pytest
 from audiomae.artifacts.embeddings import EmbedSettings
 from audiomae.corpus.synthetic import generate
 from audiomae.embedding import payload as payloads
-from audiomae.embedding.decoding import BLOCK, Clip, Item, decode_item
+from audiomae.embedding.decoding import Item, decode_item
 from audiomae.embedding.embedder import BatchEncoder
 from audiomae.embedding.payload import Payload, quantise
+from audiomae.embedding.pieces import BLOCK, Clip
 from audiomae.errors import ItemError
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig

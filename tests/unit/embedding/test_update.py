@@ -7,12 +7,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from audiomae.artifacts.embeddings import EmbeddingSet, ShardOrigin, ShardTables, collect_garbage, commit_shard
+from audiomae.artifacts.embeddings import (
+    EmbeddingSet,
+    ShardOrigin,
+    ShardTables,
+    collect_garbage,
+    commit_shard,
+    write_run,
+)
 from audiomae.artifacts.tables import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
 from audiomae.embedding import plan as planning
 from audiomae.embedding.update import copy_shard, difference, updated_plan
-from audiomae.storage import write_json
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=2, sample_rate=16000, mode="windows", window_s=5, hop_s=5)
 NAMED: dict[str, Any] = {"encoder": "enc", "corpus": "src", "root": "/root", "shard_cost_s": 10}
@@ -81,7 +87,7 @@ def first(tmp_path: Path) -> tuple[Path, planning.Plan, dict[str, str]]:
     files = {f"{number:02d}.wav": "v1" for number in range(20)}
     plan = planning.new_plan(tmp_path, listing(files), SETTINGS, no_probe, **NAMED)
     assert len(plan.shards) > 4
-    write_json(tmp_path / "run.json", SETTINGS.model_dump() | {"encoder": "enc", "corpus_root": "/root"})
+    write_run(tmp_path, SETTINGS.model_dump(exclude_defaults=True) | {"encoder": "enc", "corpus_root": "/root"})
     carry_out(tmp_path, plan, bad={"03.wav", "04.wav"})
     return tmp_path, plan, files
 

@@ -315,12 +315,8 @@ def run_record(config: EmbedConfig, plan: Plan, status: str) -> dict[str, Any]:
         "corpus": plan.corpus,
         "corpus_root": plan.corpus_root,
     }
-    record |= {
-        "manifest_hash": plan.manifest_hash,
-        "generation": plan.generation,
-        "windowing": plan.windowing,
-        "config": config.model_dump(),
-    }
+    record |= {"manifest_hash": plan.manifest_hash, "generation": plan.generation}
+    record |= {"windowing": plan.windowing, "config": config.model_dump()}
     return plan.settings.model_dump() | record
 
 

@@ -26,11 +26,12 @@ from audiomae.corpus.columns import ColumnTypes, NullWords
 from audiomae.corpus.manifest import Corpus, ReadAs, list_corpus
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.plan import Plan, load_plan, new_plan, normalise_listing, read_items
+from audiomae.embedding.preflight import as_text, check
 from audiomae.embedding.update import copy_shard, difference, updated_plan
 from audiomae.embedding.windowing import Windowing, fitting_windows, sampled_durations
 from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder
-from audiomae.storage import to_path
+from audiomae.storage import to_path, write_json
 from ray_jobs._placement import PlacementConfig
 from ray_jobs._ray import connect
 from ray_jobs.embed.estimate import estimate
@@ -72,7 +73,11 @@ class EmbedConfig(PlacementConfig):
     update: bool = Field(
         False, description="take over a changed corpus: embed what is new or changed, drop what is gone"
     )
-    dry_run: bool = Field(False, description="only say what it would take: files, audio hours, time, disk, memory")
+    check: bool = Field(
+        False, description="only report on the corpus: formats, lengths, bad files, labels, duplicates; OUT/check.json"
+    )
+    check_files: int | None = Field(None, ge=1, description="files that --check decodes; default: 512, or 64 of more")
+    dry_run: bool = Field(False, description="--check, and what it would take: audio hours, time, disk, memory")
     max_failure_rate: float = Field(0.5, ge=0, le=1, description="fail when more than this share of the files failed")
     batch_size: int | None = Field(
         None, ge=1, description="windows per encoder call; default: 8 on a CPU, 256 on a GPU"
@@ -105,8 +110,16 @@ def main(argv: list[str] | None = None) -> int:
     print(describe(settings, windowing))
     if duplicates:
         print(f"{duplicates:,} rows of the corpus repeat a uri; the first of each is used")
-    for line in corpus.notes.lines():
-        print(f"note: {line}")
+    if config.check or config.dry_run:
+        report = check(corpus.root, listing, settings, corpus.notes, config.check_files)
+        print("\n".join(as_text(report)))
+        if config.check:
+            write_json(to_path(config.out) / "check.json", report)
+    else:
+        for line in corpus.notes.lines():
+            print(f"note: {line}")
+    if config.check and not config.dry_run:
+        return 0
     if config.dry_run:
         for name, value in estimate(config.encoder, settings, corpus.root, listing).items():
             print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value:,}")

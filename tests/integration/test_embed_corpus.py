@@ -1,5 +1,6 @@
 """The embedding job on a real Ray cluster: every file embedded or failed with a reason, whatever the layout."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -205,8 +206,23 @@ def test_a_dry_run_predicts_and_writes_nothing(
 ) -> None:
     out = tmp_path / "out"
     assert main(["--encoder", str(encoder), "--corpus", str(corpus), "--out", str(out), "--dry-run"]) == 0
-    printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
-    assert printed["files"] == str(GOOD + BAD)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{GOOD + BAD} files") and any(line.startswith("predicted: ") for line in lines)
+    printed = dict(line.split(": ") for line in lines[lines.index(f"files: {GOOD + BAD}") :])
     assert {"audio_hours", "hours", "disk_gib", "memory_gib_per_worker"} <= set(printed)
     assert 0.3 < float(printed["audio_hours"]) * 3600 / 100 < 3 and float(printed["cpu_hours"]) > 0
     assert not out.exists()
+
+
+def test_a_check_reports_as_text_and_json_and_embeds_nothing(
+    encoder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--encoder", str(encoder), "--corpus", str(corpus), "--out", str(out)]
+    assert main([*arguments, "--check", "--types", "label=text"]) == 0
+    report = json.loads((out / "check.json").read_bytes())
+    assert report["files"] == GOOD + BAD and report["failed"]["files"] + report["damaged"]["files"] >= BAD - 1
+    assert [path.name for path in out.iterdir()] == ["check.json"]
+    assert f"failed: {report['failed']['files']}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no column 'lable'"):
+        main([*arguments, "--check", "--types", "lable=text"])

@@ -50,7 +50,8 @@ class DecodeError(AudioMAEError):
         stage: where it failed: open | read | limits | decode | samples.
         error_class: a stable name to count by: NotFound, PermissionDenied, NotAFile, EmptyFile, UnknownFormat,
             ReadFailed, RateOutOfRange, TooManyChannels, TooLarge, TooLong, TooSlow, CorruptAudio, TruncatedFile,
-            NoAudio, NonFiniteSamples, AmplitudeOutOfRange.
+            NoAudio, NonFiniteSamples, AmplitudeOutOfRange, NoSuchChannel; Gap (only of a lost span, or where such
+            a span fails the file).
         message: one line for a person.
     """
 

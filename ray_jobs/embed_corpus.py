@@ -23,7 +23,9 @@ from audiomae.artifacts.tables import FAILED, EmbedSettings, map_ahead
 from audiomae.cli import job_parser, run_job
 from audiomae.config import load_config
 from audiomae.corpus.columns import ColumnTypes, NullWords
+from audiomae.corpus.damage import OnDamage
 from audiomae.corpus.manifest import Corpus, ReadAs, list_corpus
+from audiomae.corpus.mixing import CHANNEL
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.plan import Plan, load_plan, new_plan, normalise_listing, read_items
 from audiomae.embedding.preflight import as_text, check
@@ -43,6 +45,9 @@ ENCODER_KINDS = ("official:", "timm:local-dir:")
 EXAMPLE = (
     "python ray_jobs/embed_corpus.py --encoder runs/first/encoder --corpus sounds/ --out emb --window-s 5 --hop-s 5"
 )
+
+KEPT_SETTINGS = ("silence", "silence_db", "silence_range_db", "on_damage", "channel")
+"""What a relaunch need not repeat: it stays as the folder was begun."""
 
 
 class EmbedConfig(PlacementConfig):
@@ -68,6 +73,12 @@ class EmbedConfig(PlacementConfig):
     silence_db: float | None = Field(None, description="a window with a lower peak is silent, in dBFS; default: -60")
     silence_range_db: float | None = Field(
         None, gt=0, description="so is one this far below the loudest window of its file, in dB; default: 50"
+    )
+    on_damage: OnDamage | None = Field(
+        None, description="salvage = embed the rest of a damaged file, its lost spans in failures/ (default); fail"
+    )
+    channel: str | None = Field(
+        None, pattern=CHANNEL, description="mix = all to one (default), left, right, or a channel's number, from 0"
     )
     retry_failed: bool = Field(False, description="embed again the files in failures/")
     update: bool = Field(
@@ -169,7 +180,7 @@ def embed_settings(
     silence is skipped.
     """
     plan = load_plan(config.out)
-    said = {name: getattr(config, name) for name in ("silence", "silence_db", "silence_range_db")}
+    said = {name: getattr(config, name) for name in KEPT_SETTINGS}
     given = {name: value for name, value in said.items() if value is not None}
     if plan is not None:
         before = plan.settings

@@ -359,7 +359,9 @@ class EmbeddingSet:
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows in one table."""
         tables = list(self.iter_tables(columns))
-        return pa.concat_tables(tables) if tables else pa.table({name: [] for name in columns or RESERVED_COLUMNS})
+        if not tables:
+            return pa.table({name: [] for name in columns or RESERVED_COLUMNS})
+        return pa.concat_tables(tables, promote_options="default")  # not every shard has a decode_note
 
     def vectors(self) -> np.ndarray:
         """All embeddings, `float32[N, D]`, in the order of `read()`."""

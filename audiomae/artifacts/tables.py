@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from audiomae.config import StrictConfig
 
 RESERVED_COLUMNS = ("id", "uri", "start_s", "end_s", "embedding")
+DECODE_NOTE = "decode_note"
 FAILED, DAMAGED = "failed", "damaged"
 FAILURE_SCHEMA = pa.schema(
     [
@@ -61,10 +62,15 @@ class EmbedSettings(StrictConfig):
     silence_db: float = -60.0
     silence_range_db: float = 50.0
     last_window: Literal["partial", "whole"] = "partial"
+    on_damage: Literal["salvage", "fail"] = "salvage"
+    channel: str = "mix"
 
 
 def embedding_schema(settings: EmbedSettings, extra: Sequence[pa.Field] = ()) -> pa.Schema:
-    """The schema of an embedding shard: id, uri, start_s, end_s, embedding `[dim]`, then the manifest's own columns."""
+    """The schema of an embedding shard: id, uri, start_s, end_s, embedding `[dim]`, then the manifest's own columns.
+
+    A shard with a window that was not mixed in the plain way has `DECODE_NOTE` (string) as its last column.
+    """
     vector = pa.list_(pa.float16() if settings.vector_dtype == "float16" else pa.float32(), settings.dim)
     own = [("id", pa.int64()), ("uri", pa.string()), ("start_s", pa.float64()), ("end_s", pa.float64())]
     return pa.schema([pa.field(*field) for field in own] + [pa.field("embedding", vector)] + list(extra))

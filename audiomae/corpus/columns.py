@@ -23,6 +23,7 @@ RESERVED = frozenset(
         "start_s",
         "end_s",
         "embedding",
+        "decode_note",
         "size",
         "content_id",
         "tar_offset",

@@ -1,7 +1,10 @@
 """Any audio file -> mono float32 at the rate an encoder wants, whole or as sample-accurate windows, in bounded memory.
 
-The decoder is chosen by content: libsndfile first, FFmpeg for what it does not know (`readers.py`). Channels are
-averaged. The one resampler of the product is soxr at quality HQ.
+The decoder is chosen by content: libsndfile first, FFmpeg for what it does not know or cannot read to its end
+(`opening.py`). Channels become one in `mixing.py`. The one resampler of the product is soxr at quality HQ.
+
+Times are the file's own: where packets are lost the rest keeps its place, with silence between, and a sound track that
+begins after the picture has its first window there. A `DecodeReport` takes down what was lost.
 
 Windows agree with the whole. With the reduced ratio L / M of output to input rate, output sample `k * L` lies exactly
 on input frame `k * M`. Every piece that is resampled starts on such a frame, with `MARGIN_SAMPLES` of the lower rate on
@@ -17,15 +20,27 @@ from typing import Any, Literal
 import numpy as np
 import soxr
 
+from audiomae.corpus.damage import DecodeReport, LostSpan, is_heard, refuse
 from audiomae.corpus.opening import DEFAULT_LIMITS, DecodeLimits, GuardedReader, opened
 from audiomae.corpus.readers import AudioInfo
 from audiomae.errors import DecodeError
 
-__all__ = ["AudioInfo", "DecodeError", "DecodeLimits", "Window", "decode", "iter_windows", "probe"]
+__all__ = [
+    "AudioInfo",
+    "DecodeError",
+    "DecodeLimits",
+    "DecodeReport",
+    "LostSpan",
+    "Window",
+    "decode",
+    "iter_windows",
+    "probe",
+]
 
 PIECE_S = 20.0
 MARGIN_SAMPLES = 256
 LastWindow = Literal["partial", "whole"]
+CANCELS = "stereo cancels: mixed as the difference of its channels"
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,8 @@ class Window:
     start_s: float
     end_s: float
     samples: np.ndarray
+    note: str | None = None
+    """What a reader of its vector has to know of how it came about."""
 
 
 def probe(source: Any, limits: DecodeLimits = DEFAULT_LIMITS) -> AudioInfo:
@@ -47,7 +64,7 @@ def probe(source: Any, limits: DecodeLimits = DEFAULT_LIMITS) -> AudioInfo:
         DecodeError: the file cannot be opened as audio, or is outside the limits.
     """
     with opened(source, limits) as file:
-        return file.reader.info
+        return file.info
 
 
 def decode(
@@ -56,24 +73,27 @@ def decode(
     start_s: float = 0.0,
     duration_s: float | None = None,
     limits: DecodeLimits = DEFAULT_LIMITS,
+    report: DecodeReport | None = None,
 ) -> np.ndarray:
     """Mono samples, float32[S], of the whole file or of a window of it.
 
     Args:
         source: a local path, an `s3://` URI, the file's bytes, or a seekable binary file.
         sample_rate: of the result, in Hz.
-        start_s: where to start; rounded to a sample of the result.
+        start_s: where to start, in the file's time; rounded to a sample of the result.
         duration_s: how much to read; less comes back where the file ends. `None` reads to the end.
+        report: takes down what was lost (there is silence in its place) and where stereo cancels.
 
     Raises:
         DecodeError: with stage, stable class and reason.
     """
-    first = round(start_s * sample_rate)
-    last = None if duration_s is None else first + round(duration_s * sample_rate)
     longest = round(limits.max_clip_s * sample_rate)
     pieces: list[np.ndarray] = []
     count = 0
-    with opened(source, limits) as file:
+    with opened(source, limits, report) as file:
+        first = round(start_s * sample_rate) - round(file.origin_s * sample_rate)
+        last = None if duration_s is None else max(0, first + round(duration_s * sample_rate))
+        first = max(0, first)
         for piece in _resampled(file, sample_rate, first, last):
             pieces.append(piece)
             count += len(piece)
@@ -81,6 +101,11 @@ def decode(
                 raise DecodeError(
                     "limits", f"more than {limits.max_clip_s:g} s in one piece: read it by windows", "TooLong"
                 )
+        lost = file.report.lost
+        ratio = file.info.sample_rate / sample_rate
+        heard = not file.silences or is_heard(file.silences, first * ratio, (first + count) * ratio)
+    if not heard:
+        raise refuse(lost[0])
     if not count:
         raise DecodeError("decode", f"no audio from second {start_s:g} on", "NoAudio")
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -95,14 +120,15 @@ def iter_windows(
     end_s: float | None = None,
     limits: DecodeLimits = DEFAULT_LIMITS,
     last_window: LastWindow = "partial",
+    report: DecodeReport | None = None,
 ) -> Iterator[Window]:
     """The windows of a file in one forward pass, in memory that does not depend on its length.
 
-    Windows start at `start_s`, `start_s + hop_s`, ...; those that start before `end_s` are given, each whole even where
-    it reaches past `end_s`. So a file cut into segments at multiples of `hop_s` gives the same windows as the file in
-    one go. What is left after the last whole window is kept if it would fill at least half a window and is not covered
-    by the one before: cut short (`partial`), or moved back until it is whole (`whole`). A file shorter than a window
-    gives its one window.
+    Windows start at `start_s` (or where the sound sets in, if that is later) and every `hop_s`; those that start before
+    `end_s` are given, each whole even where it reaches past `end_s`. So a file cut into segments at multiples of
+    `hop_s` gives the same windows as the file in one go. What is left after the last whole window is kept if it would
+    fill at least half a window and is not covered by the one before: cut short (`partial`), or moved back until it is
+    whole (`whole`). A file shorter than a window gives its one window. A window of which 99% was lost is left out.
 
     Args:
         source: a local path, an `s3://` URI, the file's bytes, or a seekable binary file.
@@ -112,6 +138,7 @@ def iter_windows(
         start_s: first window's start.
         end_s: no window starts here or later; `None` goes to the end of the file.
         last_window: what becomes of a rest at the end of the file.
+        report: takes down what was lost and where stereo cancels, by the time a window beyond it is given.
 
     Raises:
         DecodeError: possibly after some windows; the caller drops or keeps those.
@@ -119,19 +146,27 @@ def iter_windows(
     size, hop = round(window_s * sample_rate), round(hop_s * sample_rate)
     if size < 1 or hop < 1:
         raise ValueError(f"window_s and hop_s must be at least one sample, got {window_s} and {hop_s}")
-    first = round(start_s * sample_rate)
-    stop = None if end_s is None else round(end_s * sample_rate)
-    last = None if stop is None else first + max(0, math.ceil((stop - first) / hop) - 1) * hop + size
-    if stop is not None and stop <= first:
-        return
+    report = report if report is not None else DecodeReport()
     given = False
-    with opened(source, limits) as file:
+    with opened(source, limits, report) as file:
+        origin = round(file.origin_s * sample_rate)
+        first = max(0, round(start_s * sample_rate) - origin)
+        stop = None if end_s is None else round(end_s * sample_rate) - origin
+        last = None if stop is None else first + max(0, math.ceil((stop - first) / hop) - 1) * hop + size
+        if stop is not None and stop <= first:
+            return
+        ratio = sample_rate / file.info.sample_rate
         pieces = _resampled(file, sample_rate, first, last)
         for begin, samples in _slide(pieces, first, size, hop, stop, last_window == "whole"):
+            end = begin + len(samples)
+            if file.silences and not is_heard(file.silences, begin / ratio, end / ratio):
+                continue
             given = True
-            yield Window(begin / sample_rate, (begin + len(samples)) / sample_rate, samples)
+            start_s, end_s = file.origin_s + begin / sample_rate, file.origin_s + end / sample_rate
+            note = CANCELS if report.cancels_in(start_s, end_s) else None
+            yield Window(start_s, end_s, samples, note)
     if not given and first == 0:
-        raise DecodeError("decode", "the file holds no samples", "NoAudio")
+        raise refuse(report.lost[0]) if report.lost else DecodeError("decode", "the file holds no samples", "NoAudio")
 
 
 def _slide(
@@ -158,7 +193,7 @@ def _slide(
 
 def _resampled(file: GuardedReader, sample_rate: int, first: int, last: int | None) -> Iterator[np.ndarray]:
     """Output samples [first, last) in contiguous pieces; each piece is one call of soxr on aligned input."""
-    rate = file.reader.info.sample_rate
+    rate = file.info.sample_rate
     if rate == sample_rate:
         yield from file.blocks(first, last)
         return

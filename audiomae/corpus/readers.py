@@ -1,6 +1,6 @@
-"""Two ways to turn encoded audio into blocks of mono samples: libsndfile (`soundfile`) and FFmpeg (`av`).
+"""What a reader of encoded audio is, and the first of the two: libsndfile (`soundfile`). The other is `ffmpeg.py`.
 
-Both readers start at any native frame and give exactly what a decode from the first frame gives there. Where the codec
+Both start at any native frame and give exactly what a decode from the first frame gives there. Where the codec
 can be entered in the middle with bit-equal results the reader seeks; where it cannot (Opus, AMR, WMA, AAC with noise
 substitution, everything through FFmpeg) it decodes from the first frame and throws away what comes before.
 `AudioInfo.exact_seek` says which of the two it is, so that a planner does not cut a file that is dear to enter.
@@ -11,36 +11,31 @@ What libsndfile 1.2.2 needs, found by comparing with full decodes:
   trimmed to the true length. We stay `VORBIS_LAST_PAGE` frames away from the end and read forward instead.
 - Opus: still 1e-2 off after a second of lead-in (its predictors have long memory).
 - MP3 without a Xing/Info/VBRI header: the length is a guess and reading stops there, so FFmpeg reads those.
+- Lost pages of an Ogg stream and lost frames of an MP3 are skipped without an error; only its log tells.
 """
 
-import io
-import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
-import av
 import numpy as np
 import soundfile
+
+from audiomae.corpus.mixing import Pick
 
 BLOCK_VALUES = 1 << 20  # samples of all channels per block: 4 MiB of float32
 MP3_LEAD_IN = 10 * 1152
 VORBIS_LEAD_IN = 2 * 8192
 VORBIS_LAST_PAGE = 255 * 4096  # 255 packets of the longest block Vorbis has
-HEAD_BYTES = 16 << 10
-OGG_PAGE_BYTES = 65_307  # at most
-MISSING_BYTES = 1024  # that a wav may lack at its end and still count as whole
-
-# Containers FFmpeg may open. Playlists and scripts (hls, concat, dash, ...) are left out: they make it open other URLs.
-FFMPEG_FORMATS = (
-    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,gsm,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,"
-    "mpc,mpc8,mpeg,mpegts,ogg,oma,rm,tak,truehd,tta,voc,w64,wav,wv,xwma"
-)
 SEEKABLE_SUBTYPES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW", "ALAC_", "IMA_ADPCM", "MS_ADPCM", "DPCM_")
-TRUSTED_LENGTHS = ("mov,", "matroska,", "asf", "caf", "wav", "wv", "tta", "ape", "flac", "ogg")
+SFC_GET_CHANNEL_MAP_INFO = 0x1100
+# libsndfile's SF_CHANNEL_MAP_ numbers
+MAP_PLACES = {
+    **{1: "FC", 2: "FL", 3: "FR", 4: "FC", 5: "FL", 6: "FR", 7: "FC", 8: "BC", 9: "BL", 10: "BR", 11: "LFE"},
+    **{12: "FLC", 13: "FRC", 14: "SL", 15: "SR"},
+}
 
-Source = str | BinaryIO
+Source = str | int | BinaryIO
 
 
 class UnreadableError(Exception):
@@ -69,28 +64,23 @@ class AudioInfo:
 
 
 class Reader(Protocol):
-    """An open audio file."""
+    """An open audio file. What it cannot read it passes over, saying so to the `Lose` it was made with."""
 
     info: AudioInfo
-    length_is_promised: bool  # fewer frames than `info.num_frames` means that the file was cut
+    origin_s: float
+    """Where in the file's time the first frame lies."""
 
     def blocks(self, start: int, stop: int | None) -> Iterator[np.ndarray]:
-        """Mono float32 blocks of the native frames [start, stop), in order; shorter where the file ends."""
+        """float32[frames, 1 or 2] of the native frames [start, stop), in order; shorter where the file ends.
+
+        Raises:
+            CorruptError: this reader cannot go on.
+        """
         ...
 
     def close(self) -> None:
         """Release the file."""
         ...
-
-
-def to_mono(samples: np.ndarray) -> np.ndarray:
-    """The plain mean over channels of float32[frames, channels]."""
-    channels = samples.shape[1]
-    if channels == 1:
-        return np.ascontiguousarray(samples[:, 0])
-    if channels == 2:  # several times faster than a mean over an axis of two
-        return (samples[:, 0] + samples[:, 1]) * np.float32(0.5)
-    return samples.mean(axis=1, dtype=np.float32)
 
 
 class _ForwardFile(soundfile.SoundFile):
@@ -105,18 +95,20 @@ class _ForwardFile(soundfile.SoundFile):
 
 
 class SoundfileReader:
-    """libsndfile: wav, flac, ogg, mp3, aiff, au, caf, w64, ... A path is read by C code alone, the fastest way."""
+    """libsndfile: wav, flac, ogg, mp3, aiff, au, caf, w64, ... An open file's number is read by C code alone."""
 
-    def __init__(self, source: Source) -> None:
+    origin_s = 0.0
+
+    def __init__(self, source: Source, pick: Pick) -> None:
         try:
-            self._file = _ForwardFile(source)
+            self._file = _ForwardFile(source, closefd=False)
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-            raise UnreadableError(_reason(error)) from None
+            raise UnreadableError(reason(error)) from None
         file = self._file
         self._subtype = file.subtype
-        if file.format == "OGG" and "Corrupted bitstream" in file.extra_info:
+        if file.format == "OGG" and (_holes(file) or file.channels > 2):
             file.close()
-            raise UnreadableError("the ogg stream has holes")
+            raise UnreadableError("an ogg stream with holes or with many channels")
         exact = soundfile.SoundFile.seekable(file) and (
             file.format == "FLAC"
             or self._subtype == "VORBIS"
@@ -125,8 +117,8 @@ class SoundfileReader:
         codec = f"{file.format.lower()}/{self._subtype.lower()}"
         frames = file.frames if file.frames < 2**62 else None
         self.info = AudioInfo(file.samplerate, file.channels, codec, frames, exact)
-        self.length_is_promised = True
         self.is_mp3 = self._subtype.startswith("MPEG_LAYER_")
+        self._pick, self._places = pick, _places(file)
 
     def blocks(self, start: int, stop: int | None) -> Iterator[np.ndarray]:
         """See `Reader.blocks`."""
@@ -140,7 +132,7 @@ class SoundfileReader:
             skip = max(0, start - position)
             position += len(samples)
             if skip < len(samples):
-                yield to_mono(samples[skip:])
+                yield self._pick(samples[skip:], self._places)
 
     def _enter(self, start: int) -> int:
         target = start
@@ -153,208 +145,38 @@ class SoundfileReader:
         try:
             return int(self._file.seek(min(target, self._file.frames)))
         except soundfile.LibsndfileError as error:
-            raise CorruptError(f"seeking failed: {_reason(error)}") from None
+            raise CorruptError(f"seeking failed: {reason(error)}") from None
 
     def _read(self, count: int) -> np.ndarray:
         try:
-            return self._file.read(count, dtype="float32", always_2d=True)
+            samples = self._file.read(count, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
-            raise CorruptError(_reason(error)) from None
+            raise CorruptError(reason(error)) from None
+        if self._file.format == "OGG" and _holes(self._file):
+            raise CorruptError("the ogg stream has holes")
+        return np.asarray(samples)
 
     def close(self) -> None:
         """See `Reader.close`."""
         self._file.close()
 
 
-class AvReader:
-    """FFmpeg: m4a, aac, 3gp, amr, webm, opus, wma, mp4, ... Always decodes from the first frame."""
-
-    def __init__(self, source: Source) -> None:
-        if isinstance(source, str):
-            source = f"file:{source}"  # a colon in a name must not read as a protocol
-        options = {"format_whitelist": FFMPEG_FORMATS, "protocol_whitelist": "file"}
-        try:
-            self._container = av.open(source, mode="r", options=options, metadata_errors="replace")
-        except (av.FFmpegError, ValueError, UnicodeError) as error:
-            raise UnreadableError(_reason(error)) from None
-        try:
-            self._stream = self._audio_stream()
-        except UnreadableError:
-            self._container.close()
-            raise
-        stream, context = self._stream, self._stream.codec_context
-        context.thread_count = 1
-        name = self._container.format.name
-        rate, channels = context.sample_rate or 0, context.channels or 0
-        codec = f"{name.split(',')[0]}/{context.name}"
-        self.info = AudioInfo(rate, channels, codec, self._declared_frames(stream, rate), exact_seek=False)
-        self.length_is_promised = name.startswith(TRUSTED_LENGTHS)
-
-    def _audio_stream(self) -> av.AudioStream:
-        streams = self._container.streams.audio
-        if not streams:
-            raise UnreadableError(f"a {self._container.format.name} file with no audio stream")
-        if streams[0].codec_context is None:
-            raise UnreadableError("no decoder for the audio stream")
-        return streams[0]
-
-    def _declared_frames(self, stream: av.AudioStream, rate: int) -> int | None:
-        if stream.duration is not None and stream.time_base is not None:
-            return max(0, round(stream.duration * stream.time_base * rate))
-        if self._container.duration is not None:
-            return max(0, round(self._container.duration / av.time_base * rate))
-        return None
-
-    def blocks(self, start: int, stop: int | None) -> Iterator[np.ndarray]:
-        """See `Reader.blocks`."""
-        position = 0
-        for samples in self._frames():
-            first, position = position, position + len(samples)
-            if position <= start:
-                continue
-            end = len(samples) if stop is None else min(len(samples), stop - first)
-            yield to_mono(samples[max(0, start - first) : end])
-            if stop is not None and position >= stop:
-                return
-
-    def _frames(self) -> Iterator[np.ndarray]:
-        """Decoded frames, float32[frames, channels], joined to blocks worth a Python step."""
-        waiting: list[np.ndarray] = []
-        count = 0
-        try:
-            for frame in self._container.decode(self._stream):
-                if frame.sample_rate != self.info.sample_rate:
-                    raise CorruptError(
-                        f"the rate changes from {self.info.sample_rate} to {frame.sample_rate} Hz midway"
-                    )
-                waiting.append(_frame_samples(frame))
-                count += waiting[-1].size
-                if waiting[-1].shape[1] != waiting[0].shape[1]:
-                    raise CorruptError("the number of channels changes midway")
-                if count >= BLOCK_VALUES:
-                    yield np.concatenate(waiting)
-                    waiting, count = [], 0
-        except (av.FFmpegError, ValueError, MemoryError) as error:
-            raise CorruptError(_reason(error)) from None
-        if waiting:
-            yield np.concatenate(waiting)
-
-    def close(self) -> None:
-        """See `Reader.close`."""
-        self._container.close()
+def _holes(file: soundfile.SoundFile) -> bool:
+    return "Corrupted bitstream" in file.extra_info
 
 
-def _frame_samples(frame: av.AudioFrame) -> np.ndarray:
-    """float32[frames, channels] in [-1, 1] from any of FFmpeg's sample formats."""
-    array = frame.to_ndarray()
-    array = array.T if frame.format.is_planar else array.reshape(-1, len(frame.layout.channels))
-    if array.dtype.kind == "f":
-        return array.astype(np.float32, copy=False)
-    if array.dtype == np.uint8:
-        return (array.astype(np.float32) - 128) / 128
-    return array.astype(np.float32) / -float(np.iinfo(array.dtype).min)
+def _places(file: soundfile.SoundFile) -> tuple[str, ...]:
+    """Where the channels belong, as far as the file says; empty for up to two, and where it does not."""
+    if file.channels <= 2:
+        return ()
+    numbers = soundfile._ffi.new("int[]", file.channels)
+    size = soundfile._ffi.sizeof(numbers)
+    if not soundfile._snd.sf_command(file._file, SFC_GET_CHANNEL_MAP_INFO, numbers, size):
+        return ()
+    return tuple(MAP_PLACES.get(int(number), "") for number in numbers)
 
 
-def missing_data(file: BinaryIO, size: int) -> str | None:
-    """Why a wav, aiff, au or ogg file of `size` bytes is cut short; `None` for whole files and other kinds.
-
-    libsndfile reads a cut one as if it were whole: only the header (of the last page, in an ogg) tells.
-    """
-    head = file.read(HEAD_BYTES)
-    kind = head[:4], head[8:12]
-    if kind == (b"RIFF", b"WAVE"):
-        declared = _chunk(head, "<I", b"data")
-    elif kind in ((b"FORM", b"AIFF"), (b"FORM", b"AIFC")):
-        declared = _chunk(head, ">I", b"SSND")
-    elif head[:4] == b".snd" and len(head) >= 24:
-        declared = struct.unpack_from(">II", head, 4)
-    elif head[:4] == b"OggS":
-        return _missing_ogg_data(file, size)
-    else:
-        return None
-    if declared is None or declared[1] >= 0x7FFFF000:  # no such chunk, or a pipe's "I do not know yet"
-        return None
-    missing = sum(declared) - size
-    if missing <= max(0.02 * declared[1], MISSING_BYTES):
-        return None
-    return f"the header declares {declared[1]} bytes of samples, {max(0, declared[1] - missing)} are there"
-
-
-def _chunk(head: bytes, layout: str, name: bytes) -> tuple[int, int] | None:
-    """(offset of the content, its declared length) of a chunk of a RIFF or FORM file."""
-    at = 12
-    while at + 8 <= len(head):
-        length = int(struct.unpack_from(layout, head, at + 4)[0])
-        if head[at : at + 4] == name:
-            return at + 8, length
-        at += 8 + length + (length & 1)
-    return None
-
-
-def _missing_ogg_data(file: BinaryIO, size: int) -> str | None:
-    file.seek(max(0, size - 2 * OGG_PAGE_BYTES))
-    tail = file.read()
-    page = tail[tail.rfind(b"OggS") :]
-    if not page.startswith(b"OggS"):
-        return None
-    length = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
-    return f"the last page breaks off, {length - len(page)} bytes are missing" if length > len(page) else None
-
-
-def has_mp3_length(file: BinaryIO) -> bool:
-    """Whether an MP3 says how long it is: a Xing, Info or VBRI header in its first frame. Keeps the file's position."""
-    position = file.tell()
-    file.seek(0)
-    head = file.read(10)
-    start = 0
-    if head[:3] == b"ID3" and len(head) == 10:
-        start = 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9])
-    file.seek(start)
-    head = file.read(4096)
-    file.seek(position)
-    return any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))
-
-
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """One line for a person from an exception of a decoding library."""
     text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
     return str(text).strip().rstrip(".") or type(error).__name__
-
-
-class RecordingFile(io.RawIOBase):
-    """A seekable binary file that remembers the first error of its source.
-
-    The C libraries turn a failing callback into "end of file"; `error` tells a network fault from a short file.
-    """
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file = file
-        self.name = name
-        self.error: Exception | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return self._file.read(size)
-        except Exception as error:
-            self.error = self.error or error
-            return b""
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        try:
-            return self._file.seek(offset, whence)
-        except Exception as error:
-            self.error = self.error or error
-            return self._file.tell()
-
-    def tell(self) -> int:
-        return self._file.tell()

@@ -22,7 +22,7 @@ from typing import Any
 
 from audiomae.artifacts.tables import DAMAGED, FAILED, EmbedSettings
 from audiomae.config import StrictConfig
-from audiomae.corpus.decode import iter_windows
+from audiomae.corpus.decode import DecodeLimits, DecodeReport, iter_windows
 from audiomae.corpus.manifest import open_source
 from audiomae.embedding.pieces import PIECES, Clip, Damage, Piece, Silent
 from audiomae.embedding.silence import hush
@@ -48,6 +48,7 @@ def decode_item(item: Item, root: str, settings: EmbedSettings) -> Iterator[Piec
     end = None if end is None or math.isinf(end) else end
     try:
         source = open_source(root, item["uri"], item.get("tar_offset"), item.get("size"))
+        limits, report = DecodeLimits(on_damage=settings.on_damage, channel=settings.channel), DecodeReport()
         windows = iter_windows(
             source,
             settings.sample_rate,
@@ -55,10 +56,14 @@ def decode_item(item: Item, root: str, settings: EmbedSettings) -> Iterator[Piec
             settings.hop_s,
             start,
             end,
-            last_window=settings.last_window,
+            limits,
+            settings.last_window,
+            report,
         )
-        clips = (Clip(window.start_s, window.end_s, window.samples) for window in windows)
+        clips = (Clip(window.start_s, window.end_s, window.samples, note=window.note) for window in windows)
         yield from hush(clips, settings) if settings.silence == "skip" else clips
+        for span in report.within(start, end):
+            yield Damage(span.start_s, span.end_s, span.stage, span.error_class, span.message)
     except DecodeError as error:
         raise ItemError(error.stage, error.error_class, error.message, error.error_class == "ReadFailed") from error
     except READ_ERRORS as error:

@@ -15,6 +15,7 @@ import torch
 
 from audiomae.artifacts.embeddings import ShardTables
 from audiomae.artifacts.tables import (
+    DECODE_NOTE,
     FAILURE_SCHEMA,
     SILENT_SCHEMA,
     EmbedSettings,
@@ -96,6 +97,7 @@ class _Rows:
         self.spans: list[tuple[int, float, float]] = []
         self.started: dict[float, int] = {}  # row of the present item by its start
         self.taken_back: set[int] = set()
+        self.said: dict[int, str] = {}
         self.notes: list[tuple[int, Silent | Damage]] = []
         self.vectors: dict[int, np.ndarray] = {}
         self.waiting: list[tuple[int, Clip]] = []
@@ -114,6 +116,8 @@ class _Rows:
     def _add_clip(self, item: int, clip: Clip) -> None:
         self.waiting.append((len(self.spans), clip))
         self.started[clip.start_s] = len(self.spans)
+        if clip.note:
+            self.said[len(self.spans)] = clip.note
         self.spans.append((item, clip.start_s, clip.end_s))
         self.waiting_samples += len(clip.samples)
         if self.waiting_samples >= BUFFER_SAMPLES:
@@ -149,6 +153,7 @@ class _Rows:
         self.started = {}
         self.waiting = [pair for pair in self.waiting if pair[0] < first]
         self.vectors = {row: vector for row, vector in self.vectors.items() if row < first}
+        self.said = {row: note for row, note in self.said.items() if row < first}
 
     def flush(self) -> None:
         if self.waiting:
@@ -172,8 +177,9 @@ def _build_table(
     for number in bad:
         item = items.slice(int(number), 1).to_pylist()[0]
         failures[int(number)] = failure_row(item, "encode", "NonFiniteEmbedding", "the encoder gave NaN or infinity")
+    said = np.array([rows.said.get(row) for row in kept], object)
     keep = ~np.isin(numbers, bad)
-    vectors, numbers, spans = vectors[keep], numbers[keep], spans[keep]
+    vectors, numbers, spans, said = vectors[keep], numbers[keep], spans[keep], said[keep]
     heard = {number: span for number, span in rows.item_spans().items() if number not in failures}
     if len(heard) + len(failures) != items.num_rows:
         raise AssertionError(f"{items.num_rows} items gave {len(heard)} embedded + {len(failures)} failed")
@@ -185,6 +191,7 @@ def _build_table(
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         numbers, window_s = numbers[firsts], 0.0
         spans = np.array([heard[int(number)] for number in numbers]).round(6)
+        said = np.array([next(filter(None, notes), None) for notes in np.split(said, firsts[1:])], object)
     schema = embedding_schema(settings, [items.schema.field(name) for name in extra_columns(items)])
     dtype = np.float16 if settings.vector_dtype == "float16" else np.float32
     columns = [
@@ -197,7 +204,10 @@ def _build_table(
         vectors_to_column(vectors.astype(dtype)),
         *(items[name].take(pa.array(numbers)) for name in extra_columns(items)),
     ]
-    return pa.Table.from_arrays(columns, schema=schema), audio_s
+    table = pa.Table.from_arrays(columns, schema=schema)
+    if any(said):
+        table = table.append_column(DECODE_NOTE, pa.array(said, pa.string()))
+    return table, audio_s
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import soundfile
 
-from audiomae.corpus.decode import decode, probe
+from audiomae.corpus.decode import DecodeReport, decode, probe
 from audiomae.corpus.manifest import open_source
 from audiomae.errors import AudioMAEError, DecodeError
 
@@ -45,7 +45,11 @@ def inspect(root: str, row: dict[str, Any]) -> Finding:
         info = probe(source())
         finding.codec, finding.sample_rate, finding.channels = info.codec, info.sample_rate, info.channels
         finding.duration_s = info.duration_s or 0.0
-        samples = decode(source(), info.sample_rate, duration_s=DECODED_S)
+        report = DecodeReport()
+        samples = decode(source(), info.sample_rate, duration_s=DECODED_S, report=report)
+        if report.lost:
+            lost = report.lost[0]
+            finding.kinds["damaged"] = f"{lost.error_class} at {lost.start_s:.2f} s: {lost.message}"
         finding.duration_s = finding.duration_s or len(samples) / info.sample_rate
         levels = _Levels()
         for block in _blocks(source(), round(DECODED_S * info.sample_rate)):

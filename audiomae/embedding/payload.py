@@ -112,6 +112,7 @@ class Payload:
                 "end_s": pa.array([clip.end_s for _, clip in pairs], pa.float64()),
                 "samples": _lists([clip.samples for _, clip in pairs], np.int16),
                 "scales": _lists([clip.scales for _, clip in pairs if clip.scales is not None], np.float32),
+                "note": pa.array([clip.note for _, clip in pairs], pa.string()),
             }
         ).replace_schema_metadata({"payload": json.dumps(notes)})
         sink = pa.BufferOutputStream()
@@ -134,7 +135,7 @@ class Payload:
         if table.num_rows:
             spans = (table[name].to_pylist() for name in ("number", "start_s", "end_s"))
             arrays = (_rows(table[name].chunk(0)) for name in ("samples", "scales"))
-            for number, *clip in zip(*spans, *arrays, strict=True):
+            for number, *clip in zip(*spans, *arrays, table["note"].to_pylist(), strict=True):
                 payload.clips.setdefault(number, []).append(Clip(*clip))
         return payload
 

@@ -11,13 +11,14 @@ BLOCK = 64
 class Clip(NamedTuple):
     """One window on its way to the encoder: float32 samples `[S]`, or int16 with the factors that restore them.
 
-    `scales` float32 `[ceil(S / 64)]`: one for each `BLOCK` of samples (`payload.quantise`).
+    `scales` float32 `[ceil(S / 64)]`: one for each `BLOCK` of samples (`payload.quantise`). `note` goes into the row.
     """
 
     start_s: float
     end_s: float
     samples: np.ndarray
     scales: np.ndarray | None = None
+    note: str | None = None
 
 
 class Silent(NamedTuple):

@@ -27,7 +27,7 @@ from audiomae.artifacts.embeddings import (
     write_table,
 )
 from audiomae.artifacts.receipts import FileEntry, Receipt, read_file
-from audiomae.artifacts.tables import embedding_schema, read_parquet
+from audiomae.artifacts.tables import DECODE_NOTE, embedding_schema, read_parquet
 from audiomae.config import StrictConfig
 from audiomae.embedding.plan import (
     Plan,
@@ -173,6 +173,8 @@ def copy_shard(out: str, plan: Plan, entry: ShardEntry) -> bool:
     columns = [rows[name] for name in ("id", "uri", "start_s", "end_s", "embedding")]
     columns += [items[field.name].take(where) for field in extra]
     table = pa.Table.from_arrays(columns, schema=embedding_schema(plan.settings, extra))
+    if DECODE_NOTE in rows.column_names:
+        table = table.append_column(DECODE_NOTE, rows[DECODE_NOTE])
     origin = ShardOrigin(
         inputs=entry.items,
         audio_s=base.audio_s * table.num_rows / max(1, base.rows),

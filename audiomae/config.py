@@ -1,16 +1,20 @@
-"""Strict, frozen configuration: YAML files, then `--set a.b=c`, then flags; unknown keys name their nearest neighbour.
+"""Strict, frozen configuration: YAML files, then `--set a.b=c`, then flags; unknown keys name the one that was meant.
 
 Every configurable part of the product defines its own `StrictConfig` next to the code it configures; this module
-only knows how to read, merge, check and write them.
+only knows how to read, merge, check, list and write them. The command line (`audiomae/cli.py`) and the config
+reference (`docs/config.md`) are generated from the same fields.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from audiomae.errors import ConfigError
 
@@ -21,7 +25,41 @@ class StrictConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
 
+def also_called(*names: str) -> dict[str, Any]:
+    """`json_schema_extra` of a field that people know by other names: a hint for those leads here."""
+    return {"aka": list(names)}
+
+
+def shown_as(metavar: str, *flags: str) -> dict[str, Any]:
+    """`json_schema_extra` of a field whose flag has this placeholder in the help, and perhaps further spellings."""
+    return {"metavar": metavar, "flags": list(flags)}
+
+
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting of a config: its dotted name and the field that declares it."""
+
+    name: str
+    field: FieldInfo
+    owner: type[BaseModel]
+
+    @property
+    def last(self) -> str:
+        """The name without its parents."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def default(self) -> Any:
+        """What it is when nothing is said; None for a required key."""
+        return None if self.field.is_required() else self.field.get_default(call_default_factory=True)
+
+    def extra(self, name: str) -> Any:
+        """What the field's `json_schema_extra` says under `name`: `metavar`, `aka` (what others call it), `flags`."""
+        extra = self.field.json_schema_extra
+        return extra.get(name) if isinstance(extra, dict) else None
 
 
 def load_config(
@@ -41,9 +79,16 @@ def load_config(
     Raises:
         ConfigError: naming the file or key, what was expected, what was got and the nearest valid name.
     """
+    return build_config(cls, resolve_tree(files, sets, overrides))
+
+
+def resolve_tree(
+    files: Sequence[str | Path] = (), sets: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `load_config` builds its config from: the merged mapping, not checked yet."""
     tree: dict[str, Any] = {}
     for file in files:
-        _merge(tree, _read_yaml(Path(file)))
+        tree = merged(tree, _read_yaml(Path(file)))
     for item in sets:
         key, sep, text = item.partition("=")
         if not sep or not key:
@@ -52,11 +97,11 @@ def load_config(
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item!r}: the value is not valid YAML: {error}") from None
-        _set_dotted(tree, key, value)
+        tree = merged(tree, _nested(key, value))
     for key, value in (overrides or {}).items():
         if value is not None:
-            _set_dotted(tree, key, value)
-    return build_config(cls, tree)
+            tree = merged(tree, _nested(key, value))
+    return tree
 
 
 def build_config(cls: type[ConfigT], tree: Mapping[str, Any]) -> ConfigT:
@@ -64,12 +109,47 @@ def build_config(cls: type[ConfigT], tree: Mapping[str, Any]) -> ConfigT:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(cls, detail) for detail in error.errors())) from None
+        lines = dict.fromkeys(_explain(cls, detail) for detail in error.errors())
+        raise ConfigError("\n".join(lines)) from None
 
 
 def dump_config(config: StrictConfig) -> str:
     """The resolved config as YAML text, every default spelled out; `load_config` reads it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A new tree: `tree` with `changes` laid over it, mappings key by key."""
+    result = dict(tree)
+    for key, value in changes.items():
+        before = result.get(key)
+        result[key] = merged(before, value) if isinstance(value, Mapping) and isinstance(before, Mapping) else value
+    return result
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted keys and values; an empty mapping stays a value."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}{name}.").items()}
+
+
+def config_keys(cls: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """Every setting of a config and of the configs inside it, in the order of their declaration.
+
+    A field that holds another config gives that config's keys, not one of its own; a field that may hold one of
+    several gives the keys of all of them, each name once.
+    """
+    seen: set[str] = set()
+    for name, field in cls.model_fields.items():
+        models = _models_of(field.annotation)
+        keys = [Key(prefix + name, field, cls)]
+        if models:
+            keys = [key for model in models for key in config_keys(model, f"{prefix}{name}.")]
+        for key in keys:
+            if key.name not in seen:
+                seen.add(key.name)
+                yield key
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -78,12 +158,32 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid names: {', '.join(sorted(names))}"
 
 
+def meant_keys(cls: type[BaseModel], name: str) -> list[str]:
+    """The keys, anywhere in the config, that somebody who wrote `name` may have meant, best first.
+
+    Keys of that very name (or known by it elsewhere, such as `learning_rate` for `optim.lr`) at another place of the
+    tree; else those whose own name is spelt most alike, beginning with its neighbours.
+    """
+    keys = list(config_keys(cls))
+    parent, _, last = name.rpartition(".")
+    words = last.replace("-", "_").lower()
+    same = [key.name for key in keys if words == key.last or words in (key.extra("aka") or ())]
+    if same:
+        return same
+    siblings = _fields_at(cls, parent.split(".") if parent else [])
+    close = difflib.get_close_matches(words, siblings, n=1, cutoff=0.5)
+    if close:
+        return [f"{parent}.{close[0]}" if parent else close[0]]
+    spellings = {spelling: key.name for key in reversed(keys) for spelling in (key.last, *(key.extra("aka") or ()))}
+    return [spellings[found] for found in difflib.get_close_matches(words, spellings, n=2, cutoff=0.75)]
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text())
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file}: not valid YAML: {error}") from None
     if tree is None:
         return {}
@@ -92,45 +192,65 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return tree
 
 
-def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
-    for key, value in other.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, leaf = dotted.split(".")
-    for parent in parents:
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
-        tree = tree[parent]
-    if isinstance(value, Mapping) and isinstance(tree.get(leaf), dict):
-        _merge(tree[leaf], value)
-    else:
-        tree[leaf] = value
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    for name in reversed(dotted.split(".")):
+        value = {name: value}
+    return dict(value)
 
 
 def _explain(cls: type[BaseModel], detail: Any) -> str:
-    location = [str(part) for part in detail["loc"]]
+    location = _without_tags(cls, [str(part) for part in detail["loc"]])
     key = ".".join(location) or "(top level)"
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] != "extra_forbidden":
+        return f"config key {key!r}: {detail['msg']}, got {detail.get('input')!r}"
+    meant = meant_keys(cls, key)
+    if meant:
+        hint = "; did you mean " + " or ".join(repr(name) for name in meant[:3]) + "?"
+    else:
         fields = _fields_at(cls, location[:-1])
-        return f"unknown config key {key!r}" + (nearest(location[-1], fields) if fields else "")
-    return f"config key {key!r}: {detail['msg']}, got {detail.get('input')!r}"
+        hint = f"; valid names: {', '.join(sorted(fields))}" if fields else ""
+    return f"unknown config key {key!r}{hint}"
+
+
+def _without_tags(cls: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """The location of an error less what names a member of a union: `backbone.audiomae.depth` -> `backbone.depth`."""
+    models: list[type[BaseModel]] = [cls]
+    kept = []
+    for part in location:
+        holders = [model for model in models if part in model.model_fields]
+        tag = len(models) > 1 and not holders
+        if tag:
+            models = [model for model in models if _is_tag(model, part)] or models
+            continue
+        kept.append(part)
+        models = [inner for model in holders for inner in _models_of(model.model_fields[part].annotation)]
+    return kept
+
+
+def _is_tag(model: type[BaseModel], part: str) -> bool:
+    return model.__name__ == part or any(
+        part in get_args(field.annotation) for field in model.model_fields.values() if field.annotation is not None
+    )
 
 
 def _fields_at(cls: type[BaseModel], location: Sequence[str]) -> list[str]:
-    current: type[BaseModel] | None = cls
+    models: list[type[BaseModel]] = [cls]
     for part in location:
-        field = current.model_fields.get(part) if current else None
-        if field is None:
-            continue  # a union tag or a list index inside the location
-        models = [t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)]
-        current = models[0] if models else None
-    return list(current.model_fields) if current else []
+        models = [
+            inner
+            for model in models
+            if part in model.model_fields
+            for inner in _models_of(model.model_fields[part].annotation)
+        ]
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The configs that a field of this type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is Annotated:
+        return _models_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [model for member in get_args(annotation) for model in _models_of(member)]
+    return []

@@ -45,7 +45,7 @@ from audiomae.training.data import Batch
 from audiomae.training.items import build_items
 from audiomae.training.loop import Meter, TrainLoop, build_encoder, training_window
 from audiomae.training.losses import info_nce
-from audiomae.training.recipe import TrainConfig
+from audiomae.training.recipe import Recipe
 
 CLIPS, CLIP_FRAMES, CLASSES = 256, 500, 10
 WARMUP = 3
@@ -80,7 +80,7 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"waiting for data: {result['data_wait_share']:.3%} of the time"])
 
 
-def _config(args: argparse.Namespace) -> TrainConfig:
+def _config(args: argparse.Namespace) -> Recipe:
     tree = {
         "encoder": {"backbone": {"size": args.size}},
         "objective": {"mae": 1.0, "contrastive": 0.1, "mae_views": "all"},
@@ -89,7 +89,7 @@ def _config(args: argparse.Namespace) -> TrainConfig:
         "epochs": 1000,
         "workers": {"num": args.workers},
     }
-    return build_config(TrainConfig, tree)
+    return build_config(Recipe, tree)
 
 
 def _write_cache(folder: str) -> None:
@@ -100,7 +100,7 @@ def _write_cache(folder: str) -> None:
     write_shard(folder, 0, [str(index) for index in range(CLIPS)], extract)
 
 
-def _items(folder: str, config: TrainConfig) -> pa.Table:
+def _items(folder: str, config: Recipe) -> pa.Table:
     clips = read_clips(folder, 1)
     uris = [str(index) for index in range(CLIPS)]
     labels = [f"c{index % CLASSES}" for index in range(CLIPS)]
@@ -216,7 +216,7 @@ class _Bare:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: Recipe,
         batches: list[Batch],
         labels: Tensor,
         device: torch.device,
@@ -259,7 +259,7 @@ class _Bare:
 class _BareModel(nn.Module):
     """Masked reconstruction and supervised InfoNCE over the visible tokens, gathered over ranks."""
 
-    def __init__(self, encoder: AudioEncoder, config: TrainConfig) -> None:
+    def __init__(self, encoder: AudioEncoder, config: Recipe) -> None:
         super().__init__()
         self.encoder, self.weight = encoder, config.objective.contrastive
 

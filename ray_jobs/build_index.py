@@ -4,217 +4,38 @@ Rows and index parts are made as Ray tasks; relaunching the same line finds what
 so and does nothing. More embedding sets, or an embedding set that grew, extend the release in force.
 """
 
-import argparse
-import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+from audiomae.cli import Command, run_command, run_job
+from ray_jobs.configs import BuildConfig
 
-from audiomae import storage
-from audiomae.artifacts import releases as release
-from audiomae.artifacts.embeddings import EmbeddingSet
-from audiomae.artifacts.releases import Release
-from audiomae.cli import Progress, job_parser, run_job
-from audiomae.config import load_config
-from audiomae.errors import IntegrityError, UserError
-from audiomae.search import build
-from audiomae.search import index as ann
-from audiomae.search import tuning as recall
-from audiomae.search.build_plan import BuildConfig, Plan, make_plan
-from ray_jobs._ray import connect
+if TYPE_CHECKING:
+    from audiomae.artifacts.releases import Release
+
+COMMAND = Command(
+    script="ray_jobs/build_index.py",
+    config=BuildConfig,
+    about=__doc__ or "",
+    example="python ray_jobs/build_index.py --embeddings runs/embeddings --encoder runs/first/encoder --out runs/index",
+)
+
+
+def build(config: BuildConfig) -> "Release":
+    """Publish a release of all that is embedded, or return the one in force when it holds all of it.
+
+    Raises:
+        UserError: nothing to index, or a recall that the index does not reach (nothing is published then).
+        IntegrityError: embeddings of several encoders, or bytes that are not what their receipt says.
+        ReleaseConflictError: another build published meanwhile.
+    """
+    from ray_jobs.indexing.job import run
+
+    return run(config)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Publish a release of all that is embedded, unless the one in force has it already."""
-    args = _parser().parse_args(argv)
-    config = load_config(BuildConfig, args.config, args.sets, {"recall": args.recall, "memory_gib": args.memory_gib})
-    started = time.monotonic()
-    base = release.resolve_or_none(args.out)
-    sets = [_open_set(uri) for uri in args.embeddings]
-    fingerprint, dim = _check_same_encoder(sets, base)
-    work = make_plan(sets, base, _read_delete_ids(args.delete_ids), config)
-    if work is None:
-        assert base is not None
-        print(f"nothing to do: {base.version} at {args.out} already holds all {base.info['rows']:,} clips")
-        return 0
-    print(f"{work.reason}: {work.num_new:,} rows to index in {len(work.parts)} parts", file=sys.stderr)
-    parts_dir = str(storage.to_path(args.out) / "parts")
-    with release.staging(args.out) as staging:
-        _save_encoder(args.encoder, sets, base, fingerprint, staging / "encoder")
-        trained = _make_parts(work, parts_dir, config)
-        build.assemble(work, parts_dir, trained, dim, staging)
-        live, found = _measure(work, staging, config)
-        facts = {
-            "fingerprint": fingerprint,
-            "dim": dim,
-            "rows": int(np.count_nonzero(live)),
-            "rows_deleted": int(np.count_nonzero(~live)),
-            "corpora": work.corpora,
-            "spec": found.spec.model_dump(),
-            "recall": {"k": found.k, "value": found.value, "queries": found.queries, "asked": config.recall},
-            "parts": [{"key": part.key, "rows": part.num_rows} for part in work.parts],
-            "config": config.model_dump(),
-        }
-        published = release.publish(args.out, staging, facts, base)
-    build.tidy(parts_dir, work, config.keep_parts)
-    _print_summary(published, args.out, time.monotonic() - started)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = job_parser(
-        __doc__ or "",
-        "python ray_jobs/build_index.py --embeddings out/embeddings --encoder out/encoder --out out/index",
-    )
-    parser.add_argument("--embeddings", nargs="+", default=[], metavar="DIR", help="what embed_corpus.py wrote")
-    parser.add_argument("--encoder", metavar="ENC", help="goes into the release (default: that of the embeddings)")
-    parser.add_argument("--out", required=True, metavar="INDEX", help="index directory, local or s3://")
-    parser.add_argument("--recall", type=float, help="recall@10 that must be reached (default 0.95)")
-    parser.add_argument("--memory-gib", type=float, metavar="N", help="RAM the served index may take (default: any)")
-    parser.add_argument("--delete-ids", metavar="FILE", help="clip ids to delete for good, one a line")
-    return parser
-
-
-def _open_set(uri: str) -> EmbeddingSet:
-    try:
-        embeddings = EmbeddingSet.open(uri)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
-    if not embeddings.complete:
-        done, planned = len(embeddings.receipts), len(embeddings.plan["shards"])
-        print(f"{uri}: only {done} of {planned} shards are embedded yet; indexing those", file=sys.stderr)
-    return embeddings
-
-
-def _check_same_encoder(sets: Sequence[EmbeddingSet], base: Release | None) -> tuple[str, int]:
-    """The one fingerprint and dimension of everything that is to be indexed together."""
-    known = [(str(s.path), s.fingerprint, s.dim) for s in sets]
-    if base:
-        known.insert(0, (f"{base.path} (in force)", base.fingerprint, int(base.info["dim"])))
-    if not known:
-        raise UserError("nothing to index: name at least one --embeddings DIR")
-    for name, fingerprint, _ in known[1:]:
-        if fingerprint != known[0][1]:
-            raise IntegrityError(
-                f"{name}: embedded by another encoder: fingerprint {fingerprint}, expected {known[0][1]} as in "
-                f"{known[0][0]}; embed the corpus again with one encoder, or build into another --out"
-            )
-    return known[0][1], known[0][2]
-
-
-def _read_delete_ids(uri: str | None) -> np.ndarray:
-    if uri is None:
-        return np.zeros(0, dtype=np.int64)
-    try:
-        lines = storage.read_bytes(uri).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--delete-ids {uri}: {error}; expected a text file with one clip id a line") from None
-    ids = []
-    for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
-        if text:
-            try:
-                ids.append(int(text))
-            except ValueError:
-                raise UserError(f"--delete-ids {uri}, line {number}: expected a clip id, got {text!r}") from None
-    return np.array(ids, dtype=np.int64)
-
-
-def _save_encoder(
-    given: str | None, sets: Sequence[EmbeddingSet], base: Release | None, fingerprint: str, target: Path
-) -> None:
-    if given is None and base is not None:
-        storage.copy_tree(base.path / "encoder", target)
-        return
-    from audiomae.model.encoder import AudioEncoder
-
-    uri = given or sets[0].encoder
-    try:
-        encoder = AudioEncoder.load(uri, device="cpu")
-    except FileNotFoundError as error:
-        raise UserError(f"--encoder {uri}: {error}") from None
-    if encoder.fingerprint != fingerprint:
-        raise IntegrityError(
-            f"--encoder {uri}: fingerprint {encoder.fingerprint}, expected {fingerprint} as the embeddings; name the "
-            "encoder that embedded them, or embed the corpus again with this one"
-        )
-    encoder.save(target)
-
-
-def _make_parts(work: Plan, parts_dir: str, config: BuildConfig) -> str | None:
-    """Read and index all parts as Ray tasks; return where the trained index lies (None: none is needed)."""
-    connect()
-    _run_tasks("rows", build.write_rows, [(part, parts_dir) for part in work.parts])
-    if work.spec.kind == "flat":
-        return None
-    if work.base:
-        trained = str(work.base.path / ann.TRAINED_FILE)
-    else:
-        print(f"training {work.spec.factory}", file=sys.stderr)
-        trained = _run_train(work, parts_dir, config)
-    _run_tasks("index", build.index_part, [(part, parts_dir, trained) for part in work.parts])
-    return trained
-
-
-def _run_train(work: Plan, parts_dir: str, config: BuildConfig) -> str:
-    import ray
-
-    # one Ray CPU, so that it starts beside anything; k-means uses all cores of its machine for the moment it takes
-    return str(_get(ray.remote(build.train).remote(work.spec, work.parts, parts_dir, config.seed)))
-
-
-def _run_tasks(label: str, function: Callable[..., dict[str, Any]], calls: Sequence[tuple[Any, ...]]) -> None:
-    import ray
-
-    if not calls:
-        return
-    task = ray.remote(function).options(num_cpus=1)
-    waiting = [task.remote(*call) for call in calls]
-    with Progress(label, sum(call[0].num_rows for call in calls), "rows") as progress:
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            progress.update(_get(done[0])["rows"])
-
-
-def _get(reference: Any) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (UserError, IntegrityError)):
-            raise error.cause from None
-        raise
-
-
-def _measure(work: Plan, staging: Path, config: BuildConfig) -> tuple[np.ndarray, recall.Recall]:
-    """Which rows are found, bool[N], and the tuned search settings with the recall they reach."""
-    ids = np.load(staging / ann.IDS_FILE)
-    live = np.ones(len(ids), dtype=bool)
-    live[work.deleted] = False
-    own = recall.choose_queries(ids, live, build.held_out(ids), config.queries, config.seed)
-    found = recall.tune(ann.Searcher(staging, work.spec), live, own, config.recall)
-    if found.value < config.recall:
-        raise UserError(
-            f"recall@{found.k} is {found.value:.4f} on {found.queries} held-out queries at best ({found.spec.factory}, "
-            f"nprobe {found.spec.nprobe}), --recall asks for {config.recall}; nothing was published: raise "
-            "--memory-gib, or lower --recall"
-        )
-    return live, found
-
-
-def _print_summary(published: Release, out: str, seconds: float) -> None:
-    info = published.info
-    spec, measured = info["spec"], info["recall"]
-    kind = spec["factory"] + f", nprobe {spec['nprobe']}" if spec["factory"] else "exhaustive scan"
-    print(
-        f"published {published.path}: {info['rows']:,} clips ({info['rows_deleted']:,} deleted), {kind}, "
-        f"recall@{measured['k']} {measured['value']:.4f} on {measured['queries']} queries, {seconds:.1f} s\n"
-        f"serve it:  serve run serve.app:build index={out}"
-    )
+    """The command line; the exit status."""
+    return run_command(COMMAND, build, argv)
 
 
 if __name__ == "__main__":

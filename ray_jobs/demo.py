@@ -5,73 +5,99 @@ clips that are in neither. The same line with an untrained encoder runs beside i
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from audiomae import AudioEncoder, AudioIndex
-from audiomae.cli import job_parser, run_job
-from audiomae.config import load_config
-from audiomae.corpus.synthetic import generate
-from audiomae.storage import read_json, to_path, write_json
-from audiomae.training.recipe import TrainConfig
-from ray_jobs import demo_queries, pipeline
-from ray_jobs._ray import connect
+from audiomae.cli import EXIT_FAILED, EXIT_OK, Command, run_command, run_job
+from ray_jobs.configs import RECIPES, DemoConfig, PipelineConfig, StageOptions
+from ray_jobs.pipeline import pipeline
 
-RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
+if TYPE_CHECKING:
+    from audiomae import AudioEncoder
+    from audiomae.training.recipe import Recipe
+    from ray_jobs.demo_queries import Answer
+
+COMMAND = Command(
+    script="ray_jobs/demo.py",
+    config=DemoConfig,
+    about=__doc__ or "",
+    example="python ray_jobs/demo.py --out demo",
+    default_files=(RECIPES / "demo.yaml",),
+)
 HELD_OUT_FOLD = 5
 METRICS = ("mAP", "R@1", "R@5")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the demo; 0 when the trained encoder answered better than the untrained one."""
-    parser = job_parser(__doc__ or "", "python ray_jobs/demo.py --out demo")
-    parser.add_argument("--out", default="demo", metavar="DIR", help="everything goes here (default: demo)")
-    parser.add_argument("--clips", type=int, default=480, help="size of the generated corpus")
-    parser.add_argument("--queries", type=int, default=48, help="clips to ask with; none of them is in the corpus")
-    parser.add_argument("--port", type=int, default=8000, help="of the service, on loopback")
-    args = parser.parse_args(argv)
-    started = time.monotonic()
-    out = Path(args.out).resolve()
+def demo(config: DemoConfig) -> dict[str, float]:
+    """Run the demo; R@1 of the live queries by encoder, `trained` and `untrained`."""
+    from audiomae import AudioEncoder
+    from audiomae.corpus.synthetic import generate
+    from audiomae.storage import write_json
+    from ray_jobs import demo_queries
+    from ray_jobs._ray import connect
 
-    print(f"== generate: {args.clips} clips and some broken files", flush=True)
-    corpus = generate(out / "corpus", args.clips) / "listing.csv"
-    queries = generate(out / "queries", args.queries, seed=1, bad_files=False) / "listing.csv"
+    started = time.monotonic()
+    out = Path(config.out).resolve()
+    print(f"== generate: {config.clips} clips and some broken files", flush=True)
+    corpus = generate(out / "corpus", config.clips) / "listing.csv"
+    queries = str(generate(out / "queries", config.queries, seed=1, bad_files=False) / "listing.csv")
 
     connect()
-    files = [str(RECIPE), *args.config]
-    recipe = load_config(pipeline.PipelineConfig, files, args.sets)
-    flags = [*(item for file in files for item in ("--config", file)), *(i for s in args.sets for i in ("--set", s))]
-    shared = [*flags, "--set", f"data.exclude={{fold: {HELD_OUT_FOLD}}}", "--set", "embed.per_file=true"]
-    shared += ["--set", f"evaluate.query_groups=['{HELD_OUT_FOLD}']", "--corpus", str(corpus), "--group", "fold"]
-    if status := pipeline.main([*shared, "--out", str(out / "trained")]):
-        return status
+    line = _line_of(config, corpus)
+    pipeline(line(out / "trained", None))
     print("\nThe same line with an untrained encoder:")
-    untrained = untrained_encoder(recipe, out / "untrained" / "encoder")
-    if status := pipeline.main([*shared, "--encoder", untrained, "--out", str(out / "untrained")]):
-        return status
+    untrained = untrained_encoder(config, out / "untrained" / "encoder")
+    pipeline(line(out / "untrained", untrained))
 
     print("\n== serve and query", flush=True)
-    answers = ask_service(out / "trained" / "index", args.port, str(queries))
+    answers = ask_service(out / "trained" / "index", config.port, queries)
     print(demo_queries.table(answers))
     trained = demo_queries.summary(answers)["recall_at_1"]
-    before = recall_at_1(AudioEncoder.load(untrained), str(out / "untrained" / "index"), str(queries))
+    before = recall_at_1(AudioEncoder.load(untrained), str(out / "untrained" / "index"), queries)
     print_comparison(out, trained, before)
     write_json(out / "demo.json", {"seconds": time.monotonic() - started, "trained": trained, "untrained": before})
     print(f"\n{time.monotonic() - started:.0f} s in all; everything lies in {out}")
     print(f"report: {out / 'trained' / 'evaluation' / 'report.html'}")
-    print(f"to play with it, a page and /docs: serve run serve.app:build index={args.out}/trained/index")
-    return 0 if trained > before else 1
+    print(f"to play with it, a page and /docs: serve run serve.app:build index={config.out}/trained/index")
+    return {"trained": trained, "untrained": before}
 
 
-def untrained_encoder(recipe: TrainConfig, directory: Path) -> str:
-    """The encoder of the recipe as it is before the first step, saved."""
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 when the trained encoder answered better than the untrained one."""
+
+    def better(config: DemoConfig) -> int:
+        found = demo(config)
+        return EXIT_OK if found["trained"] > found["untrained"] else EXIT_FAILED
+
+    return run_command(COMMAND, better, argv)
+
+
+def _line_of(config: DemoConfig, corpus: Path) -> Callable[[Path, str | None], PipelineConfig]:
+    """The pipeline's config by folder and encoder: one fold is never trained on, and its clips are the queries."""
+    data = config.data.model_copy(update={"exclude": {"fold": HELD_OUT_FOLD}})
+    embed = config.embed.model_copy(update={"per_file": True})
+    protocol = config.evaluate.model_copy(update={"query_groups": (str(HELD_OUT_FOLD),)})
+    stages = {name: getattr(config, name) for name in StageOptions.model_fields}
+    stages |= {"data": data, "embed": embed, "evaluate": protocol}
+    return lambda out, encoder: PipelineConfig(
+        **stages, corpus=str(corpus), group="fold", out=str(out), with_encoder=encoder
+    )
+
+
+def untrained_encoder(recipe: "Recipe", directory: Path) -> str:
+    """The encoder of the recipe as it before the first step, saved."""
+    from audiomae import AudioEncoder
+
     AudioEncoder.from_config(recipe.encoder, seed=recipe.seed).save(directory)
     return str(directory)
 
 
-def ask_service(index: Path, port: int, queries: str) -> list[demo_queries.Answer]:
+def ask_service(index: Path, port: int, queries: str) -> "list[Answer]":
     """Serve the index on loopback, send every query over HTTP, shut the service down."""
     from ray import serve
 
+    from ray_jobs import demo_queries
     from serve.app import build
 
     try:
@@ -81,8 +107,12 @@ def ask_service(index: Path, port: int, queries: str) -> list[demo_queries.Answe
         serve.shutdown()
 
 
-def recall_at_1(encoder: AudioEncoder, index: str, queries: str) -> float:
+def recall_at_1(encoder: "AudioEncoder", index: str, queries: str) -> float:
     """Share of the queries whose best hit is of their class, without a service in between."""
+    from audiomae import AudioIndex
+    from audiomae.storage import to_path
+    from ray_jobs import demo_queries
+
     found = demo_queries.labelled_queries(queries)
     vectors = encoder.embed([str(to_path(query.root) / query.uri) for query in found])
     hits = AudioIndex.open(index).search(vectors, k=1)
@@ -91,6 +121,8 @@ def recall_at_1(encoder: AudioEncoder, index: str, queries: str) -> float:
 
 def print_comparison(out: Path, trained: float, untrained: float) -> None:
     """Trained beside untrained: the live queries, and the metrics of the fold that was held out of training."""
+    from audiomae.storage import read_json
+
     print(f"\n{'':34}{'trained':>10}{'untrained':>12}")
     print(f"{'live queries, R@1':34}{trained:10.3f}{untrained:12.3f}")
     reports = [read_json(out / name / "evaluation" / "metrics.json") for name in ("trained", "untrained")]

@@ -3,19 +3,25 @@
 Every labelled file of a corpus is sent as a real HTTP upload; an answer is right when its best hit has the same label.
 """
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
-
-from audiomae import storage
-from audiomae.cli import run_job
-from audiomae.corpus.manifest import list_corpus, open_source
+from audiomae.cli import Command, run_command, run_job
 from audiomae.errors import UserError
+from ray_jobs.configs import QueryConfig
+
+if TYPE_CHECKING:
+    import httpx
+
+COMMAND = Command(
+    script="ray_jobs/demo_queries.py",
+    config=QueryConfig,
+    about=__doc__ or "",
+    example="python ray_jobs/demo_queries.py --url http://127.0.0.1:8000 --queries held_out/",
+)
 
 ATTEMPTS = 6
 HITS_SHOWN = 3
@@ -45,15 +51,21 @@ class Answer:
         return bool(self.labels) and self.labels[0] == self.query.label
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Send the queries, print the table."""
-    args = _parser().parse_args(argv)
-    queries = labelled_queries(args.queries, args.label)
-    answers = ask_all(args.url, queries[: args.limit], args.k, args.label)
+def send(config: QueryConfig) -> list[Answer]:
+    """Send the queries, print the table, write the counts where they are wanted."""
+    queries = labelled_queries(config.queries, config.label)
+    answers = ask_all(config.url, queries[: config.limit], config.k, config.label)
     print(table(answers))
-    if args.out:
-        storage.write_json(args.out, summary(answers))
-    return 0
+    if config.out:
+        from audiomae.storage import write_json
+
+        write_json(config.out, summary(answers))
+    return answers
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; the exit status."""
+    return run_command(COMMAND, send, argv)
 
 
 def labelled_queries(src: str, label: str = "label") -> list[Query]:
@@ -62,6 +74,8 @@ def labelled_queries(src: str, label: str = "label") -> list[Query]:
     Raises:
         UserError: there are none.
     """
+    from audiomae.corpus.manifest import list_corpus
+
     corpus = list_corpus(src)
     rows = [row for table in corpus.batches() for row in table.to_pylist()]
     queries = [Query(corpus.root, row["uri"], str(row[label])) for row in rows if row.get(label)]
@@ -78,6 +92,8 @@ def ask_all(url: str, queries: list[Query], k: int = 5, label: str = "label") ->
     Raises:
         UserError: the service does not answer, or refuses a query (with its reason).
     """
+    import httpx
+
     with httpx.Client(base_url=url, timeout=60) as client:
         return list(_answers(client, queries, k, label))
 
@@ -112,7 +128,7 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def _answers(client: httpx.Client, queries: list[Query], k: int, label: str) -> Iterator[Answer]:
+def _answers(client: "httpx.Client", queries: list[Query], k: int, label: str) -> Iterator[Answer]:
     for query in queries:
         data = _read(query)
         started = time.perf_counter()
@@ -123,7 +139,9 @@ def _answers(client: httpx.Client, queries: list[Query], k: int, label: str) -> 
         yield Answer(query, labels, [hit["score"] for hit in results], milliseconds)
 
 
-def _post(client: httpx.Client, name: str, data: bytes, k: int) -> dict[str, Any]:
+def _post(client: "httpx.Client", name: str, data: bytes, k: int) -> dict[str, Any]:
+    import httpx
+
     problem = ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -143,25 +161,12 @@ def _post(client: httpx.Client, name: str, data: bytes, k: int) -> dict[str, Any
 
 
 def _read(query: Query) -> bytes:
+    from audiomae.corpus.manifest import open_source
+
     source = open_source(query.root, query.uri)
     if isinstance(source, Path):
         return source.read_bytes()
     return source if isinstance(source, bytes) else source.read()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example:\n  python ray_jobs/demo_queries.py --url http://127.0.0.1:8000 --queries held_out/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the running service")
-    parser.add_argument("--queries", required=True, metavar="SRC", help="a labelled corpus, best not the indexed one")
-    parser.add_argument("--k", type=int, default=5, help="hits per query")
-    parser.add_argument("--label", default="label", help="the column that holds the class")
-    parser.add_argument("--limit", type=int, default=None, help="ask only the first so many")
-    parser.add_argument("--out", help="write the counts as JSON to this file")
-    return parser
 
 
 if __name__ == "__main__":

@@ -4,257 +4,32 @@ Reads an embedding folder, lets its rows query each other (queries of one group 
 leave-one-out), sets other runs and simple baselines beside it, and writes metrics.json, report.html and PNG files.
 """
 
-import argparse
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
-from typing import Any, Literal
+from audiomae.cli import Command, run_command, run_job
+from ray_jobs.configs import EvaluateConfig, Evaluation
 
-import numpy as np
-from pydantic import Field
-
-from audiomae.artifacts.embeddings import EmbeddingSet
-from audiomae.cli import Progress, job_parser, run_job
-from audiomae.config import load_config
-from audiomae.errors import ColumnError, ConfigError, UserError
-from audiomae.evaluation.baselines import BASELINES, RANDOM, centred, corpus_vectors
-from audiomae.evaluation.rows import LabelledRows, read_rows
-from audiomae.evaluation.runs import ProtocolConfig, RunResult, compare_runs, evaluate_rows
-from audiomae.storage import read_json, sha256_bytes, to_path, write_bytes, write_json
-from ray_jobs._ray import connect
-
-ROWS_PER_TASK = 64
-EXAMPLE = (
-    "python ray_jobs/evaluate_retrieval.py --embeddings out/emb --label label --group fold --baselines --out out/eval"
+COMMAND = Command(
+    script="ray_jobs/evaluate_retrieval.py",
+    config=EvaluateConfig,
+    about=__doc__ or "",
+    example="python ray_jobs/evaluate_retrieval.py --embeddings runs/embeddings --label label --baselines "
+    "--out runs/evaluation",
 )
 
 
-class EvaluateConfig(ProtocolConfig):
-    """The protocol (see :class:`ProtocolConfig`) and what the report holds.
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Evaluate embeddings, or find that the same ones were evaluated under the same protocol.
 
-    Attributes:
-        baselines: computed from the corpus' audio, as Ray tasks.
-        worst_queries: how many to draw.
-        map: projection of the 2-D map.
+    Raises:
+        UserError: no such embeddings, an unfinished set, a column that is not there, no query or no gallery left.
     """
+    from ray_jobs.evaluating.job import run
 
-    baselines: tuple[Literal["mfcc", "logmel", "random"], ...] = ()
-    worst_queries: int = Field(8, ge=0)
-    map: Literal["t-SNE", "PCA"] = "t-SNE"
+    return run(config)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    config = load_config(EvaluateConfig, args.config, args.sets, _flags(args))
-    sets = [_open(directory) for directory in [args.embeddings, *args.compare]]
-    out, inputs = to_path(args.out), _inputs_hash(config, sets)
-    if done := _finished(out, inputs):
-        print(f"already evaluated, nothing to do: {out}/report.html")
-        _print_table([done, *done["others"].values()])
-        return 0
-
-    names = display_names([args.embeddings, *args.compare])
-    try:
-        subjects = [
-            read_rows(found, name, config.label, config.group, config.level)
-            for found, name in zip(sets, names, strict=True)
-        ]
-        notes = [
-            f"{rows.name}: {rows.unlabelled} rows have no label and were left out"
-            for rows in subjects
-            if rows.unlabelled
-        ]
-        computed, skipped = _baseline_rows(subjects[0], sets[0], config)
-        runs = [evaluate_rows(rows, config) for rows in [*subjects, *computed]]
-        comparisons = compare_runs(runs[0], runs[1:])
-    except (ColumnError, ValueError) as error:
-        raise UserError(str(error)) from None
-    _write(out, runs, comparisons, sets[0], [*notes, *skipped], config, inputs)
-    _print_table([run.as_dict() for run in runs])
-    print(f"report: {out}/report.html")
-    return 0
-
-
-def display_names(directories: Sequence[str]) -> list[str]:
-    """What the report calls each run: the part of its path that tells it from the others."""
-    paths = [list(PurePosixPath(directory.rstrip("/")).parts) for directory in directories]
-    if len(paths) == 1:
-        own = [part for part in paths[0] if part not in ("embeddings", "emb", "/", "..", ".")]
-        return [own[-1] if own else directories[0]]
-    while all(len(parts) > 1 for parts in paths) and len({parts[-1] for parts in paths}) == 1:
-        paths = [parts[:-1] for parts in paths]
-    while all(len(parts) > 1 for parts in paths) and len({parts[0] for parts in paths}) == 1:
-        paths = [parts[1:] for parts in paths]
-    names = ["/".join(parts) for parts in paths]
-    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = job_parser("Evaluate embeddings by retrieval of the same class.", EXAMPLE)
-    parser.add_argument("--embeddings", required=True, metavar="DIR", help="folder written by embed_corpus.py")
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets metrics.json, report.html and plots/*.png")
-    parser.add_argument("--label", metavar="COLUMN", help="column that says what is relevant (default: label)")
-    parser.add_argument(
-        "--group", metavar="COLUMN", help="queries of one group search the others (default: leave-one-out)"
-    )
-    parser.add_argument("--query-group", action="append", metavar="VALUE", help="only this group asks; repeatable")
-    parser.add_argument("--level", choices=["clip", "window"], help="clip = mean over a file's windows (default)")
-    parser.add_argument(
-        "--compare", action="append", default=[], metavar="DIR", help="another run over the same corpus; repeatable"
-    )
-    parser.add_argument(
-        "--baselines", nargs="*", choices=list(BASELINES), metavar="NAME", help=f"{', '.join(BASELINES)}; bare = all"
-    )
-    return parser
-
-
-def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    baselines = list(BASELINES) if args.baselines == [] else args.baselines
-    return {
-        "label": args.label,
-        "group": args.group,
-        "query_groups": args.query_group,
-        "level": args.level,
-        "baselines": baselines,
-    }
-
-
-def _open(directory: str) -> EmbeddingSet:
-    try:
-        found = EmbeddingSet.open(directory)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
-    if not found.complete:
-        raise UserError(
-            f"{directory}: only {len(found.shards)} of {len(found.plan['shards'])} shards are embedded; "
-            "run the same embed_corpus.py line again to finish them"
-        )
-    return found
-
-
-def _inputs_hash(config: EvaluateConfig, sets: Sequence[EmbeddingSet]) -> str:
-    """Names everything that decides the result, so that a relaunch knows whether there is anything to do."""
-    content = [[found.fingerprint, *(receipt.sha256 for receipt in found.receipts.values())] for found in sets]
-    return sha256_bytes(json.dumps([config.model_dump(mode="json"), content]).encode())
-
-
-def _finished(out: Any, inputs: str) -> dict[str, Any] | None:
-    if not (out / "metrics.json").exists():
-        return None
-    stored = read_json(out / "metrics.json")
-    return stored if stored.get("inputs") == inputs else None
-
-
-def _baseline_rows(
-    rows: LabelledRows, embeddings: EmbeddingSet, config: EvaluateConfig
-) -> tuple[list[LabelledRows], list[str]]:
-    """Each baseline's vectors for the same clips (or windows), and what the reader has to know about them."""
-    if not config.baselines:
-        return [], []
-    names = [BASELINES[key] for key in config.baselines]
-    notes: list[str] = []
-    encoder_config = None
-    if RANDOM in names:
-        encoder_config = _encoder_config(embeddings.encoder, notes)
-        names = names if encoder_config is not None else [name for name in names if name != RANDOM]
-    found = _in_tasks(rows, names, encoder_config, config.seed)
-    readable = np.array([vectors is not None for vectors in found])
-    if not readable.any():
-        return [], [*notes, f"baselines were left out: no file of {rows.corpus_root} could be read"]
-    if not readable.all():
-        notes.append(
-            f"baselines: {int((~readable).sum())} of {len(rows)} {config.level}s could not be read and were left out"
-        )
-    kept = rows.take(np.flatnonzero(readable))
-    stacked = {name: np.stack([vectors[name] for vectors in found if vectors is not None]) for name in names}
-    return [
-        kept.with_vectors(name, vectors if name == RANDOM else centred(vectors)) for name, vectors in stacked.items()
-    ], notes
-
-
-def _encoder_config(encoder: str, notes: list[str]) -> dict[str, Any] | None:
-    """The configuration of the evaluated encoder, of which the random baseline is a fresh copy."""
-    from audiomae import AudioEncoder
-
-    try:
-        return AudioEncoder.load(encoder, device="cpu").config.model_dump(mode="json")
-    except (FileNotFoundError, ConfigError) as error:
-        notes.append(f"{RANDOM} was left out: {error}")
-        return None
-
-
-def _in_tasks(
-    rows: LabelledRows, names: list[str], encoder_config: dict[str, Any] | None, seed: int
-) -> list[dict[str, np.ndarray] | None]:
-    """Baseline vectors of every row by name, None where the audio could not be read."""
-    import ray
-
-    connect()
-    task = ray.remote(num_cpus=1, max_retries=3)(corpus_vectors)
-    spans = list(zip(rows.uris.tolist(), *rows.spans.T.tolist(), strict=True))
-    chunks = [spans[i : i + ROWS_PER_TASK] for i in range(0, len(spans), ROWS_PER_TASK)]
-    pending = [task.remote(rows.corpus_root, chunk, names, encoder_config, seed) for chunk in chunks]
-    found: list[dict[str, np.ndarray] | None] = []
-    with Progress("baselines", len(rows), "rows") as progress:
-        for reference in pending:
-            part = ray.get(reference)
-            found += part
-            progress.update(len(part))
-    return found
-
-
-def _write(
-    out: Any,
-    runs: Sequence[RunResult],
-    comparisons: list[dict[str, Any]],
-    embeddings: EmbeddingSet,
-    notes: list[str],
-    config: EvaluateConfig,
-    inputs: str,
-) -> None:
-    """Pictures, report, and last metrics.json, which marks the evaluation as finished."""
-    from audiomae.evaluation.report import corpus_reader, draw_plots, render_report, worst_queries
-
-    facts = {
-        "embeddings": str(embeddings.path),
-        "encoder": embeddings.encoder,
-        "fingerprint": embeddings.fingerprint,
-        "corpus": embeddings.corpus_root,
-        "rows": f"{len(runs[0].rows)} ({config.level}s), {embeddings.failed} inputs failed to embed",
-    }
-    pictures = draw_plots(runs, config.map, config.seed)
-    worst = worst_queries(runs[0], corpus_reader(embeddings.corpus_root), config.worst_queries)
-    for name, data in [*pictures.items(), *((f"worst_{i + 1}", query.picture) for i, query in enumerate(worst))]:
-        write_bytes(out / "plots" / f"{name}.png", data)
-    write_bytes(out / "report.html", render_report(runs, comparisons, pictures, worst, facts, notes).encode())
-    write_json(
-        out / "metrics.json",
-        {
-            **runs[0].as_dict(),
-            "others": {run.name: run.as_dict() for run in runs[1:]},
-            "comparisons": comparisons,
-            "worst_queries": [{"query": w.key, "label": w.label, "AP": w.average_precision} for w in worst],
-            "run": facts,
-            "notes": notes,
-            "protocol": config.model_dump(mode="json"),
-            "inputs": inputs,
-        },
-    )
-
-
-def _print_table(results: Sequence[dict[str, Any]]) -> None:
-    for line in _table(results):
-        print(line)
-
-
-def _table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    width = max(len(result["name"]) for result in results)
-    yield f"{'run':<{width}}  {'mAP':>6}  {'95% interval':>16}  {'R@1':>6}  {'R@5':>6}  {'kNN':>6}  queries"
-    for result in results:
-        interval = result["confidence"]["mAP"]
-        shown = "  ".join(f"{result.get(name, float('nan')):6.3f}" for name in ("R@1", "R@5", "kNN"))
-        limits = f"{interval['low']:.3f} to {interval['high']:.3f}"
-        yield f"{result['name']:<{width}}  {result['mAP']:6.3f}  {limits:>16}  {shown}  {result['num_queries']}"
+    """The command line; the exit status."""
+    return run_command(COMMAND, evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -1,125 +1,107 @@
 """The whole line in one command: train -> embed -> index -> evaluate, each stage as its own job would run it.
 
 The config is a training recipe, as `train.py` takes it, with a section for each later stage where its defaults do not
-fit (`--set embed.per_file=true`). Every stage resumes, so relaunching the same line picks up where it stopped.
+fit (`--embed.per-file`). Every stage resumes, so relaunching the same line picks up where it stopped.
 """
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
+from audiomae.cli import Command, run_command, run_job
+from audiomae.config import StrictConfig, dump_config
+from ray_jobs.build_index import build
+from ray_jobs.configs import (
+    RECIPES,
+    BuildConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    Evaluation,
+    PipelineConfig,
+    PipelineResult,
+    TrainConfig,
+)
+from ray_jobs.embed_corpus import embed
+from ray_jobs.evaluate_retrieval import evaluate
+from ray_jobs.train import train
 
-from audiomae.artifacts.embeddings import EmbeddingSet
-from audiomae.cli import job_parser, run_job
-from audiomae.config import StrictConfig, build_config, load_config
-from audiomae.errors import ConfigError
-from audiomae.search.build_plan import BuildConfig
-from audiomae.storage import to_path, write_bytes, write_json
-from audiomae.training.recipe import TrainConfig
-from ray_jobs import build_index, embed_corpus, evaluate_retrieval, train
-from ray_jobs._ray import connect
-
-EXAMPLE = "python ray_jobs/pipeline.py --config ray_jobs/recipes/demo.yaml --corpus sounds/ --out runs/first"
+COMMAND = Command(
+    script="ray_jobs/pipeline.py",
+    config=PipelineConfig,
+    about=__doc__ or "",
+    example="python ray_jobs/pipeline.py --config ray_jobs/recipes/demo.yaml --corpus sounds/ --out runs/first",
+    recipes=RECIPES,
+)
+Config = TypeVar("Config", bound=StrictConfig)
+Result = TypeVar("Result")
 
 
-class PipelineConfig(TrainConfig):
-    """A training recipe, and what the later stages are to do otherwise than by default."""
+def pipeline(config: PipelineConfig) -> PipelineResult:
+    """Run the stages in order; each finds what an earlier call of it finished.
 
-    embed: dict[str, Any] = {}
-    index: dict[str, Any] = {}
-    evaluate: dict[str, Any] = {}
+    Raises:
+        AudioMAEError: what the stage that failed raised; the later ones are not begun.
+    """
+    from audiomae.storage import to_path, write_json
+    from ray_jobs._ray import connect
+
+    out = to_path(config.out)
+    connect()
+    stage = _Stages(out)
+    trained, encoder = None, config.with_encoder
+    if encoder is None:
+        settings = TrainConfig(**_fields(config.recipe), corpus=config.corpus, storage=str(out), name="train")
+        trained = stage("train", train, settings)
+        encoder = trained.encoder
+    embedding = EmbedConfig(**_fields(config.embed), encoder=encoder, corpus=config.corpus, out=str(out / "embeddings"))
+    embedded = stage("embed", embed, embedding)
+    index = str(out / "index")
+    stage("index", build, BuildConfig(**_fields(config.index), embeddings=(embedded.out,), encoder=encoder, out=index))
+    evaluation = _evaluate(config, stage, embedded.out)
+    write_json(out / "pipeline.json", {"seconds": stage.seconds})
+    print("== pipeline: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stage.seconds.items()))
+    print(f"all of it lies in {out}; to serve it: serve run serve.app:build index={index}")
+    return PipelineResult(trained, embedded, index, evaluation, stage.seconds)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages in order; the exit status of the first that fails, else 0."""
-    parser = job_parser(__doc__ or "", EXAMPLE)
-    parser.add_argument(
-        "--corpus", required=True, metavar="SRC", help="folder, glob, s3:// prefix, listing or .tar shards"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets train/ embeddings/ index/ evaluation/")
-    parser.add_argument("--encoder", metavar="ENC", help="use this encoder instead of training one")
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="what makes two clips alike, for evaluation")
-    parser.add_argument("--group", metavar="COLUMN", help="evaluate with queries of one group against the others")
-    args = parser.parse_args(argv)
-    config = load_config(PipelineConfig, args.config, args.sets)
-    out = to_path(args.out)
-    encoder = args.encoder or str(out / "train" / "encoder")
-    embeddings = out / "embeddings"
-    _check(config, encoder, args.corpus, str(embeddings))
-
-    connect()
-    run = _Stages(out)
-    if not args.encoder:
-        recipe = config.model_dump(mode="json", exclude={"embed", "index", "evaluate"})
-        run("train", train.main, recipe, ["--corpus", args.corpus, "--storage", str(out), "--name", "train"])
-    run(
-        "embed",
-        embed_corpus.main,
-        config.embed,
-        ["--encoder", encoder, "--corpus", args.corpus, "--out", str(embeddings)],
-    )
-    run(
-        "index",
-        build_index.main,
-        config.index,
-        ["--embeddings", str(embeddings), "--encoder", encoder, "--out", str(out / "index")],
-    )
-    if not run.failed and args.label in EmbeddingSet.open(embeddings).column_names:
-        protocol = ["--embeddings", str(embeddings), "--label", args.label, "--out", str(out / "evaluation")]
-        run(
-            "evaluate",
-            evaluate_retrieval.main,
-            config.evaluate,
-            [*protocol, *(["--group", args.group] if args.group else [])],
-        )
-    elif not run.failed:
-        print(f"evaluate: skipped, the corpus has no column {args.label!r}")
-    return run.summary()
+    """The command line; the exit status."""
+    return run_command(COMMAND, pipeline, argv)
 
 
-def _check(config: PipelineConfig, encoder: str, corpus: str, out: str) -> None:
-    """Refuse a bad key of a late stage before the first one spends its hours."""
-    named = {"encoder": encoder, "corpus": corpus, "out": out}
-    sections: list[tuple[str, type[StrictConfig], dict[str, Any]]] = [
-        ("embed", embed_corpus.EmbedConfig, {**config.embed, **named}),
-        ("index", BuildConfig, config.index),
-        ("evaluate", evaluate_retrieval.EvaluateConfig, config.evaluate),
-    ]
-    for section, cls, values in sections:
-        try:
-            build_config(cls, values)
-        except ConfigError as error:
-            raise ConfigError(f"in section {section}: {error}") from None
+def _evaluate(config: PipelineConfig, stage: "_Stages", embeddings: str) -> Evaluation | None:
+    """The report, where the corpus has the label column that it needs."""
+    from audiomae.artifacts.embeddings import EmbeddingSet
+
+    if config.label not in EmbeddingSet.open(embeddings).column_names:
+        print(f"evaluate: skipped, the corpus has no column {config.label!r}")
+        return None
+    named = {"label": config.label, "group": config.group}
+    protocol = {**_fields(config.evaluate), **{name: value for name, value in named.items() if value is not None}}
+    settings = EvaluateConfig(**protocol, embeddings=embeddings, out=str(stage.out / "evaluation"))
+    return stage("evaluate", evaluate, settings)
+
+
+def _fields(config: StrictConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in type(config).model_fields}
 
 
 class _Stages:
-    """Runs stages, keeps their config and wall time under OUT."""
+    """Runs stages; keeps the config of each and its wall time under OUT."""
 
     def __init__(self, out: Any) -> None:
         self.out = out
         self.seconds: dict[str, float] = {}
-        self.failed = 0
 
-    def __call__(
-        self, name: str, stage: Callable[[list[str] | None], int], config: dict[str, Any], arguments: list[str]
-    ) -> None:
-        if self.failed:
-            return
-        path = self.out / "config" / f"{name}.yaml"
-        write_bytes(path, yaml.safe_dump(config, sort_keys=False).encode())
+    def __call__(self, name: str, job: Callable[[Config], Result], config: Config) -> Result:
+        from audiomae.storage import write_bytes
+
+        write_bytes(self.out / "config" / f"{name}.yaml", dump_config(config).encode())
         print(f"== {name}", flush=True)
         started = time.monotonic()
-        self.failed = stage(["--config", str(path), *arguments])
+        result = job(config)
         self.seconds[name] = round(time.monotonic() - started, 1)
-
-    def summary(self) -> int:
-        """Print the wall times and where things lie; the exit status."""
-        write_json(self.out / "pipeline.json", {"seconds": self.seconds})
-        print("== pipeline: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()))
-        if not self.failed:
-            print(f"all of it lies in {self.out}; to serve it: serve run serve.app:build index={self.out / 'index'}")
-        return self.failed
+        return result
 
 
 if __name__ == "__main__":

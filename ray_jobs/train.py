@@ -1,321 +1,37 @@
-"""Train an encoder on Ray Train: `--corpus` in, `STORAGE/NAME/encoder/` out. Running the same line again resumes.
+"""Train an encoder on Ray Train. Running the same line again resumes; a finished run says so and does nothing.
 
 STORAGE/NAME holds `config.yaml` (resolved), `items.parquet` (the clips and their split), `metrics.jsonl` and
 `tensorboard/` (one record per epoch), Ray Train's checkpoints (best and last), `encoder/`, and `train.json`, the
 receipt that says the run is finished.
 """
 
-import io
-import json
-import os
-import tempfile
-import threading
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from audiomae.cli import Command, run_command, run_job
+from ray_jobs.configs import RECIPES, TrainConfig, TrainResult
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import yaml
+COMMAND = Command(
+    script="ray_jobs/train.py",
+    config=TrainConfig,
+    about=__doc__ or "",
+    example="python ray_jobs/train.py --config ray_jobs/recipes/debug.yaml --corpus clips/ --storage runs --name first",
+    recipes=RECIPES,
+)
 
-from audiomae.artifacts.features import localise
-from audiomae.cli import Progress, job_parser, run_job
-from audiomae.config import build_config, dump_config, load_config
-from audiomae.errors import ConfigError, UserError
-from audiomae.model.encoder import AudioEncoder
-from audiomae.storage import copy_tree, is_local, read_bytes, read_json, to_path, write_bytes, write_json
-from audiomae.training.items import build_items
-from audiomae.training.recipe import TrainConfig
-from ray_jobs._feature_cache import build_cache, list_files
-from ray_jobs._ray import connect
 
-EXAMPLE = "python ray_jobs/train.py --config ray_jobs/recipes/debug.yaml --corpus clips/ --storage runs --name first"
-MAY_CHANGE = ("workers", "checkpoint")
-PROGRESS_FILE, RECEIPT = "progress.json", "train.json"
-PROGRESS_EVERY_S = 2.0
+def train(config: TrainConfig) -> TrainResult:
+    """Train an encoder, or finish a run that was interrupted, or find that it is finished.
+
+    Raises:
+        ConfigError: the run was started with another recipe.
+        UserError: no such corpus, too few clips that can be decoded, or a loss that is not finite.
+    """
+    from ray_jobs.training.job import run
+
+    return run(config)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job; see the module's text."""
-    parser = job_parser(__doc__.splitlines()[0], EXAMPLE)
-    parser.add_argument(
-        "--corpus", required=True, metavar="SRC", help="folder, glob, s3:// prefix, listing or .tar shards"
-    )
-    parser.add_argument("--storage", required=True, metavar="DIR", help="where runs are kept, local or s3://")
-    parser.add_argument("--name", required=True, help="name of the run")
-    args = parser.parse_args(argv)
-    config = load_config(TrainConfig, args.config, args.sets)
-    run = to_path(args.storage) / args.name
-    _check_config(run, config)
-    if (run / RECEIPT).exists():
-        print(f"already finished: {run / 'encoder'} ({_summary(read_json(run / RECEIPT))})")
-        return 0
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")  # autoscaled or busy nodes take a while
-    connect()
-    started = time.monotonic()
-    prepared = _prepare(run, args, config)
-    result = _fit(run, args, config, prepared.cache)
-    if result.return_value:
-        raise UserError(_stop_message(result))
-    receipt = _export(run, config, result) | {"clips": prepared.clips, "failed_files": prepared.failed_files}
-    receipt["seconds"] = round(time.monotonic() - started, 1)
-    write_json(run / RECEIPT, receipt)
-    print(f"trained: {run / 'encoder'} ({_summary(receipt)})")
-    return 0
-
-
-def _check_config(run: Any, config: TrainConfig) -> None:
-    """Refuse to continue a run with another config than it began with."""
-    path = run / "config.yaml"
-    if not path.exists():
-        return
-    before = _flat(yaml.safe_load(read_bytes(path)))
-    now = _flat(config.model_dump(mode="json"))
-    changed = [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in MAY_CHANGE
-    ]
-    if changed:
-        raise ConfigError(
-            f"{run} was started with another config ({'; '.join(changed)}); resume with the same one, or choose "
-            "another --name"
-        )
-
-
-class _Prepared(NamedTuple):
-    """Where the features are, how many clips they hold, and how many files could not be decoded."""
-
-    cache: str
-    clips: int
-    failed_files: int
-
-
-def _prepare(run: Any, args: Any, config: TrainConfig) -> _Prepared:
-    """Make the features of the corpus; save config and table of clips. A resumed run must find what it began with."""
-    root, listing = list_files(args.corpus, config.data)
-    where = config.data.cache or str(to_path(args.storage) / "features")
-    features = AudioEncoder.load(config.init, device="cpu").config.features if config.init else config.encoder.features
-    cache, clips = build_cache(where, root, listing, features, config.data.clip_s)
-    decoded = clips.filter(pc.is_null(clips["error"]))
-    items = build_items(decoded, listing, config.data, config.seed)
-    training = len(items) - int(pc.sum(items["validation"]).as_py() or 0)
-    print(f"{len(items)} clips from {len(listing)} files: {training} to train on, {len(items) - training} held out")
-    if training < 2:
-        raise UserError(
-            f"{args.corpus}: {training} clips are left to train on; check data.exclude and data.val_fraction"
-        )
-    table = io.BytesIO()
-    pq.write_table(items, table)
-    path = run / "items.parquet"
-    if path.exists() and not pq.read_table(io.BytesIO(read_bytes(path))).equals(items):
-        raise UserError(
-            f"the clips of {args.corpus} are not those that {run} began with; use another --name to start anew"
-        )
-    write_bytes(path, table.getvalue())
-    write_bytes(run / "config.yaml", dump_config(config).encode())
-    return _Prepared(cache, len(items), len(clips) - len(decoded))
-
-
-def _fit(run: Any, args: Any, config: TrainConfig, cache: str) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
-
-    filesystem, storage_path = _storage_of(args.storage)
-    trainer = TorchTrainer(
-        _worker,  # type: ignore[arg-type]  # Ray 2.60 passes its return value on, its annotation says None
-        train_loop_config={"config": config.model_dump(mode="json"), "run": str(run), "cache": cache},
-        scaling_config=_scaling(config),
-        run_config=RunConfig(
-            name=args.name,
-            storage_path=storage_path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.workers.max_failures),
-            # the one with the best score; Ray Train always keeps the latest besides
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
-        ),
-    )
-    with _ProgressWatch(run):
-        return trainer.fit()
-
-
-def _scaling(config: TrainConfig) -> Any:
-    import ray
-    from ray.train import ScalingConfig
-
-    least, most = config.workers.range
-    have = ray.cluster_resources()
-    gpu = bool(have.get("GPU")) if config.workers.gpu == "auto" else bool(config.workers.gpu)
-    cpus = min(config.workers.cpus, have.get("CPU", most) / least)
-    if cpus < config.workers.cpus:
-        print(f"the cluster has {have.get('CPU', 0):g} CPUs for {least} workers: each reserves {cpus:g}")
-    return ScalingConfig(
-        num_workers=least if least == most else (least, most),  # type: ignore[arg-type]
-        use_gpu=gpu,
-        resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
-    )
-
-
-def _storage_of(storage: str) -> tuple[Any, str]:
-    """(pyarrow filesystem, path) for Ray Train; pyarrow takes the S3 endpoint from AWS_ENDPOINT_URL here only."""
-    import pyarrow.fs
-
-    path = to_path(storage)
-    return pyarrow.fs.FileSystem.from_uri(str(path) if not is_local(path) else path.as_posix())
-
-
-def _worker(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """One Ray Train worker. Returns what stopped training short of its end, None when it is done."""
-    import ray.train.torch
-
-    from audiomae.training.loop import TrainLoop
-
-    run = to_path(settings["run"])
-    config = build_config(TrainConfig, settings["config"])
-    items = pq.read_table(io.BytesIO(read_bytes(run / "items.parquet")))
-    loop = TrainLoop(config, items, localise(settings["cache"]), ray.train.torch.get_device(), _RayHost(run))
-    stopped = loop.run()
-    return vars(stopped) if stopped else None
-
-
-class _RayHost:
-    """Connects the loop to Ray Train's checkpoints and to the run's files."""
-
-    def __init__(self, run: Any) -> None:
-        self.run = run
-        self._written = 0.0
-        self._board: Any = None
-
-    def restore(self) -> Path | None:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        return Path(checkpoint.to_directory()) if checkpoint else None
-
-    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        import ray.train
-
-        if checkpoint is None:
-            ray.train.report(metrics)
-            return
-        ray.train.report(
-            {"score": -1.0} | metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(checkpoint),
-            checkpoint_dir_name=f"checkpoint_{metrics['step']:08d}",
-        )
-
-    def progress(self, step: int, total: int, note: str) -> None:
-        now = time.monotonic()
-        if now - self._written > PROGRESS_EVERY_S or step == total:
-            self._written = now
-            write_json(self.run / PROGRESS_FILE, {"step": step, "total": total, "note": note, "pid": os.getpid()})
-
-    def history(self, records: Sequence[dict[str, Any]]) -> None:
-        write_bytes(self.run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
-        if self._board is None:
-            self._board = _Board(self.run / "tensorboard", records[-1]["epoch"])
-        self._board.write(records[-1])
-
-
-class _Board:
-    """TensorBoard curves, one point an epoch. `first` hides what an interrupted worker wrote from that epoch on."""
-
-    def __init__(self, folder: Any, first: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
-        self._local = Path(folder) if is_local(folder) else Path(tempfile.mkdtemp(prefix="audiomae-tensorboard-"))
-        self._writer = SummaryWriter(str(self._local), purge_step=first)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Add an epoch's record; on S3 the event file is uploaded anew."""
-        for name, value in record.items():
-            if name != "epoch":
-                self._writer.add_scalar(name, value, record["epoch"])
-        self._writer.flush()
-        if not is_local(self.folder):
-            copy_tree(self._local, self.folder)
-
-
-class _ProgressWatch:
-    """Prints the progress that the first worker leaves in the run's folder, in the driver."""
-
-    def __init__(self, run: Any) -> None:
-        self.path = run / PROGRESS_FILE
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        progress: Progress | None = None
-        before = self._read()
-        while not self._stop.wait(1.0):
-            now = self._read()
-            if now is None or now == before:
-                continue
-            if progress is None:
-                first = before["step"] if before else 0
-                progress = Progress("training", now["total"] - first, "steps")
-                before = {"step": first}
-            progress.update(max(0, now["step"] - (before or {"step": 0})["step"]), now["note"])
-            before = now
-        if progress:
-            progress.close()
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            value: dict[str, Any] = read_json(self.path)
-        except FileNotFoundError:
-            return None
-        return value
-
-
-def _export(run: Any, config: TrainConfig, result: Any) -> dict[str, Any]:
-    """Copy the chosen checkpoint's encoder, without its decoder, to `encoder/`; what the receipt says about it."""
-    chosen, metrics = result.checkpoint, result.metrics
-    if config.export == "best":
-        chosen, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
-    with chosen.as_directory() as folder:
-        encoder = AudioEncoder.load(Path(folder) / "encoder", device="cpu", dtype="float32")
-        encoder.save(run / "encoder")
-    kept = {Path(checkpoint.path).name for checkpoint, _ in result.best_checkpoints} | {
-        Path(result.checkpoint.path).name
-    }
-    for orphan in run.glob("checkpoint_0*"):
-        if orphan.name not in kept:
-            orphan.fs.rm(orphan.path, recursive=True)
-    wanted = ("epoch", "step", "loss", "val_mAP", "val_R@1")
-    return {name: metrics[name] for name in wanted if name in metrics} | {"fingerprint": encoder.fingerprint}
-
-
-def _stop_message(result: Any) -> str:
-    stop = result.return_value
-    last = result.checkpoint.path if result.checkpoint else "none yet"
-    return (
-        f"training stopped: the loss or its gradient is not finite (loss {stop['loss']}) at step {stop['step']}; "
-        f"clips of that step: {', '.join(stop['clips'])}; last good checkpoint: {last}. Look at those clips, or lower "
-        "optim.lr and start another --name with --set init=CHECKPOINT/encoder"
-    )
-
-
-def _summary(receipt: dict[str, Any]) -> str:
-    parts = [f"epoch {receipt['epoch']}", f"loss {receipt['loss']:.4f}"]
-    parts += [f"{name} {receipt[name]:.3f}" for name in ("val_mAP", "val_R@1") if name in receipt]
-    return ", ".join([*parts, f"{receipt['seconds']:.0f} s", f"fingerprint {receipt['fingerprint'][:12]}"])
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.rstrip("."): tree}
-    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
+    """The command line; the exit status."""
+    return run_command(COMMAND, train, argv)
 
 
 if __name__ == "__main__":

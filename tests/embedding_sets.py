@@ -14,7 +14,7 @@ from audiomae.artifacts.releases import Release
 from audiomae.artifacts.tables import EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
 from audiomae.search import build
-from audiomae.search.build_plan import BuildConfig, make_plan
+from audiomae.search.build_plan import BuildOptions, make_plan
 
 if TYPE_CHECKING:
     from audiomae.model.encoder import AudioEncoder
@@ -93,7 +93,7 @@ def make_release(
     index_dir: Path, sets: Sequence[EmbeddingSet], delete: Sequence[int] = (), **settings: Any
 ) -> Release | None:
     """What build_index.py does, in this process and without an encoder or a look at recall."""
-    config = BuildConfig(**settings)
+    config = BuildOptions(**settings)
     base = release.resolve_or_none(index_dir)
     work = make_plan(sets, base, np.array(delete, dtype=np.int64), config)
     if work is None:

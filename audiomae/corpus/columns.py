@@ -6,13 +6,12 @@ written back (`7`, `-0.5`, not `007`, `1.10`, `12e3` or twenty digits), or if it
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BeforeValidator
 
-from audiomae.config import StrictConfig, nearest
+from audiomae.config import nearest
 from audiomae.corpus.paths import name_to_uri
 from audiomae.errors import ConfigError, ListingError
 
@@ -35,7 +34,6 @@ RESERVED = frozenset(
 )
 """Column names of the manifest, the embedding table and the items table; a source's own go by `listing_<name>`."""
 
-TypeName = Literal["text", "int", "float", "bool", "date", "timestamp"]
 ARROW_TYPES: dict[str, pa.DataType] = {
     "text": pa.string(),
     "int": pa.int64(),
@@ -66,37 +64,6 @@ NUMBER_LIKE = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 PLAIN_INT = r"^(0|-?[1-9][0-9]{0,18})$"
 SHORT_FLOAT = r"^-?(0|[1-9][0-9]*)\.([0-9]*[1-9]|0)$"
 SHORT_FLOAT_LENGTH = 16  # at most 15 digits: such a decimal survives the way to a double and back
-
-
-def _parse_types(value: Any) -> Any:
-    """`label=int,fold=text` as a mapping; what is none already."""
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple):
-        return parts
-    pairs: dict[str, str] = {}
-    for part in (piece for item in parts for piece in str(item).split(",")):
-        name, equals, kind = part.strip().rpartition("=")
-        if not equals or not name:
-            raise ValueError(f"{part!r} is not COLUMN=TYPE, for example label=int")
-        pairs[name] = kind
-    return pairs
-
-
-def _parse_words(value: Any) -> Any:
-    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
-
-
-ColumnTypes = Annotated[dict[str, TypeName], BeforeValidator(_parse_types)]
-"""`{"label": "int"}`, on the command line `label=int,fold=text`."""
-NullWords = Annotated[tuple[str, ...], BeforeValidator(_parse_words)]
-"""`("NA", "null")`, on the command line `NA,null`."""
-
-
-class ReadAs(StrictConfig):
-    """How the columns of a source are read where the default is not meant."""
-
-    types: ColumnTypes = {}
-    null_words: NullWords = ()
 
 
 def own_names(names: Iterable[str], keep: Iterable[str] = ()) -> dict[str, str]:

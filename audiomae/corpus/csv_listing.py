@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from audiomae.corpus.columns import NULL_WORDS, ReadAs, TextColumn, check_declared, check_names, declare
+from audiomae.corpus.columns import NULL_WORDS, TextColumn, check_declared, check_names, declare
 from audiomae.corpus.notes import Notes
+from audiomae.corpus.read_as import ReadAs
 from audiomae.errors import ListingError
 from audiomae.storage import to_path
 

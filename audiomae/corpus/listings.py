@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 
 from audiomae.config import nearest
 from audiomae.corpus import csv_listing, spool
-from audiomae.corpus.columns import ReadAs, check_declared, check_names, declare, own_names, plain, to_text
+from audiomae.corpus.columns import check_declared, check_names, declare, own_names, plain, to_text
 from audiomae.corpus.folders import TABLE_ROWS, Entry, entry_of
 from audiomae.corpus.notes import Notes
 from audiomae.corpus.paths import is_s3, join
+from audiomae.corpus.read_as import ReadAs
 from audiomae.errors import ListingError
 from audiomae.storage import to_path
 

@@ -20,10 +20,11 @@ from pathlib import Path
 import pyarrow as pa
 
 from audiomae.corpus import folders, listings, webdataset
-from audiomae.corpus.columns import ReadAs, check_declared, declare
+from audiomae.corpus.columns import check_declared, declare
 from audiomae.corpus.likeness import Likeness
 from audiomae.corpus.notes import Notes
 from audiomae.corpus.paths import file_uri_path, is_s3
+from audiomae.corpus.read_as import ReadAs
 from audiomae.corpus.sources import open_source
 from audiomae.errors import ListingError, UserError
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from audiomae.errors import DecodeError
 
-CHANNEL = r"^(mix|left|right|[0-9]{1,3})$"
 """What the `channel` option may be."""
 CELL_S = 0.5
 FADE_S = 0.02

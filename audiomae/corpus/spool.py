@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from audiomae.corpus.columns import EXACT_FLOAT_INTS, ReadAs, check_declared, clean_text, declare, to_text
+from audiomae.corpus.columns import EXACT_FLOAT_INTS, check_declared, clean_text, declare, to_text
 from audiomae.corpus.notes import Notes
+from audiomae.corpus.read_as import ReadAs
 
 Row = dict[str, Any]
 LONGEST_EXACT_FLOAT = 16  # characters: at most 15 digits

@@ -14,10 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from audiomae.corpus.columns import ReadAs, own_names
+from audiomae.corpus.columns import own_names
 from audiomae.corpus.folders import NOT_AUDIO_NAMES, TABLE_ROWS, Entry, is_hidden, may_be_audio
 from audiomae.corpus.notes import Notes
 from audiomae.corpus.paths import join, name_to_uri
+from audiomae.corpus.read_as import ReadAs
 from audiomae.corpus.sources import tar_directory
 from audiomae.corpus.spool import parse_json, typed
 from audiomae.corpus.tars import Directory, Member

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,7 @@ import pyarrow as pa
 from audiomae.artifacts.embeddings import RESERVED_COLUMNS, EmbeddingSet, column_to_vectors
 from audiomae.config import nearest
 from audiomae.errors import ColumnError
-
-Level = Literal["clip", "window"]
+from audiomae.evaluation.protocol import Level
 
 
 @dataclass(frozen=True)

@@ -10,48 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from audiomae.config import StrictConfig
 from audiomae.evaluation.compare import bootstrap_mean, holm, paired_test
-from audiomae.evaluation.rows import LabelledRows, Level, shared_rows
+from audiomae.evaluation.protocol import ProtocolConfig
+from audiomae.evaluation.rows import LabelledRows, shared_rows
 from audiomae.metrics import QueryScores, mean_values, score_protocol, summarise
 
 TESTED = ("AP", "R@1")
-
-
-class ProtocolConfig(StrictConfig):
-    """Who asks, who answers, and what is measured.
-
-    Attributes:
-        label: manifest column that says what is relevant.
-        group: manifest column of folds; queries of one group search the other groups. None = leave-one-out.
-        query_groups: only these groups ask; None = all.
-        level: ``clip`` = mean over a file's windows, ``window`` = every window by itself.
-        ks: cut-offs of R@k, P@k and nDCG@k. R@1 is always among them.
-        knn_k: neighbours that vote for kNN accuracy.
-        max_queries: a larger set asks with this many, the same ones for every run; the gallery stays whole.
-        resamples: of the bootstrap and the permutation test.
-        seed: of the sampling and resampling.
-    """
-
-    label: str = "label"
-    group: str | None = None
-    query_groups: tuple[str, ...] | None = None
-    level: Level = "clip"
-    ks: tuple[int, ...] = (1, 5, 10)
-    knn_k: int = Field(10, gt=0)
-    max_queries: int = Field(20_000, gt=0)
-    resamples: int = Field(2000, ge=100)
-    seed: int = 0
-
-    def describe(self) -> str:
-        """The protocol in one sentence, for the reader of a report."""
-        unit = "clip (mean over its windows)" if self.level == "clip" else "window"
-        if self.group is None:
-            return f"Leave-one-out: each {unit} queries all the others; windows of one file never find each other."
-        asked = f" {', '.join(self.query_groups)}" if self.query_groups else ""
-        return f"Each {unit} of a {self.group}{asked} queries those of every other {self.group}."
 
 
 @dataclass(frozen=True)

@@ -6,118 +6,16 @@ time-major. Positions are fixed 2-D sin-cos, computed for whatever grid comes in
 """
 
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from audiomae.config import StrictConfig
 from audiomae.model.blocks import MacaronBlock, init_weights, layer_norm
-from audiomae.model.masking import MaskMode, random_masking
-
-Size = Literal["debug", "tiny", "small", "medium", "base", "large", "huge"]
-Positions = Literal["extend", "interpolate"]
-
-SIZES: dict[str, dict[str, int]] = {
-    "debug": {
-        "embed_dim": 64,
-        "depth": 2,
-        "num_heads": 2,
-        "decoder_embed_dim": 48,
-        "decoder_depth": 1,
-        "decoder_heads": 2,
-    },
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "medium": {"embed_dim": 512, "depth": 12, "num_heads": 8},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
-}
-
-
-class AudioMAEConfig(StrictConfig):
-    """Architecture of one AudioMAE++ network; `size` fills the dimensions that are not given.
-
-    Attributes:
-        img_size: (frames, mels) of the model's window; longer input is chunked or runs with more positions.
-        patch_size, stride: (frames, mels); stride None = patch_size, smaller = overlapping patches (AST uses 10 of 16).
-        mask_ratio, mask_mode: of pretraining.
-        norm_pix_loss: reconstruct each patch normalised by its own mean and deviation.
-        ffn2_norm: the norm before the second feed-forward: `norm3`, or `norm2` as the official code does (it shares
-            the attention's norm and leaves norm3 unused), which official checkpoints need.
-        decoder_positions: `2d` sin-cos, or `1d` over the flattened patches as the official code has it.
-        drop_path: stochastic depth rate at the last encoder block, rising linearly from 0.
-    """
-
-    kind: Literal["audiomae"] = "audiomae"
-    size: Size = "base"
-    img_size: tuple[int, int] = (200, 80)
-    patch_size: tuple[int, int] = (4, 16)
-    stride: tuple[int, int] | None = None
-    embed_dim: int = Field(default=768, gt=0, multiple_of=4)
-    depth: int = Field(default=12, gt=0)
-    num_heads: int = Field(default=12, gt=0)
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    decoder_embed_dim: int = Field(default=384, gt=0, multiple_of=4)
-    decoder_depth: int = Field(default=4, gt=0)
-    decoder_heads: int = Field(default=8, gt=0)
-    mask_ratio: float = Field(default=0.75, ge=0.0, lt=1.0)
-    mask_mode: MaskMode = "unstructured"
-    norm_pix_loss: bool = True
-    ffn2_norm: Literal["norm3", "norm2"] = "norm3"
-    decoder_positions: Literal["2d", "1d"] = "2d"
-    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_size(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {**SIZES.get(str(values.get("size", "base")), {}), **values}
-
-    @model_validator(mode="after")
-    def _check_shapes(self) -> "AudioMAEConfig":
-        for name, dim, heads in (
-            ("num_heads", self.embed_dim, self.num_heads),
-            ("decoder_heads", self.decoder_embed_dim, self.decoder_heads),
-        ):
-            if dim % heads:
-                raise ValueError(f"{name}: expected a divisor of the width {dim}, got {heads}")
-        for axis, image, patch, step in zip(("time", "mel"), self.img_size, self.patch_size, self.steps, strict=True):
-            if not 0 < step <= patch <= image:
-                raise ValueError(
-                    f"{axis} axis: expected 0 < stride <= patch_size <= img_size, got stride {step}, patch {patch}, "
-                    f"image {image}"
-                )
-            if step == patch and image % patch:
-                raise ValueError(f"{axis} axis: img_size {image} is not a multiple of patch_size {patch}")
-        return self
-
-    @property
-    def steps(self) -> tuple[int, int]:
-        """(frames, mels) from one patch to the next."""
-        return self.stride or self.patch_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(Nt, Nf) patches of one full window."""
-        (t, f), (pt, pf), (st, sf) = self.img_size, self.patch_size, self.steps
-        return (t - pt) // st + 1, (f - pf) // sf + 1
-
-    def fingerprint_fields(self) -> dict[str, Any]:
-        """The settings that decide an embedding: not those of the decoder or of training."""
-        names = {"kind", "img_size", "patch_size", "stride", "num_heads", "ffn2_norm"}
-        return self.model_dump(mode="json", include=names)
-
-    @property
-    def time_slack(self) -> int:
-        """Frames added before counting time steps: a last partial patch counts (zero-padded) unless patches overlap,
-        where the one before it holds most of its frames already (AST drops it too)."""
-        return self.steps[0] - 1 if self.steps[0] == self.patch_size[0] else 0
+from audiomae.model.encoder_config import AudioMAEConfig, MaskMode, Positions
+from audiomae.model.masking import random_masking
 
 
 class EncoderOutput(NamedTuple):

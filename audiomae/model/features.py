@@ -6,67 +6,20 @@ axis of a spectrogram everywhere in the product: `[B, 1, T, F]`.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchaudio
-from pydantic import Field
 from torch import Tensor, nn
 from torchaudio.compliance import kaldi
 
-from audiomae.config import StrictConfig
+from audiomae.model.encoder_config import FeatureConfig
 
 LOG_FLOOR = torch.finfo(torch.float32).eps
 MIN_STD = 1e-2  # below any real recording's log-mel deviation: digital silence maps to zeros, not to amplified rounding
 DB_TO_LOG_POWER = math.log(10) / 10
 PREEMPHASIS = 0.97  # Kaldi's default
-
-
-class FeatureConfig(StrictConfig):
-    """Log-mel settings. The defaults are the official AudioMAE++ ones, less its extra last frame.
-
-    Attributes:
-        kind: `logmel` = centred frames, HTK mel scale, log(power + eps); `kaldi` = Kaldi filter banks.
-        sample_rate: Hz; every waveform given to the model has this rate.
-        n_mels, f_min, f_max: mel bands and their range in Hz.
-        n_fft, win_length, hop_length: in samples (400 and 160 are 25 ms and 10 ms at 16 kHz). `kaldi` rounds n_fft up
-            to a power of two by itself.
-        normalize: `clip` = zero mean and unit deviation over the clip's own frames; `fixed` = (x - mean) / std; `none`.
-        mean, std: of `fixed`.
-        range_db: raise everything quieter than this many dB below the clip's loudest cell to that level, before
-            normalising (librosa's `top_db`): digital silence then weighs no more than a quiet room; None = off.
-        drop_last_frame: centred framing gives 1 + samples // hop frames, so 2 s would need two 200-frame windows;
-            True keeps ceil(samples / hop). Official checkpoints keep all.
-        resize_time: factor on the number of frames (image-style layouts: 224 / 512 squeezes 512 frames into 224).
-        resize_mels: rows of the resized mel axis, None = as computed.
-    """
-
-    kind: Literal["logmel", "kaldi"] = "logmel"
-    sample_rate: int = Field(default=16000, gt=0)
-    n_mels: int = Field(default=80, gt=0)
-    n_fft: int = Field(default=400, gt=0)
-    win_length: int = Field(default=400, gt=0)
-    hop_length: int = Field(default=160, gt=0)
-    f_min: float = Field(default=50.0, ge=0)
-    f_max: float = Field(default=8000.0, gt=0)
-    normalize: Literal["clip", "fixed", "none"] = "clip"
-    mean: float = 0.0
-    std: float = Field(default=1.0, gt=0)
-    range_db: float | None = Field(default=None, gt=0)
-    drop_last_frame: bool = True
-    resize_time: float = Field(default=1.0, gt=0)
-    resize_mels: int | None = Field(default=None, gt=0)
-
-    @property
-    def frame_rate(self) -> float:
-        """Frames per second of the spectrogram that the model sees."""
-        return self.sample_rate / self.hop_length * self.resize_time
-
-    @property
-    def out_mels(self) -> int:
-        """Size of the frequency axis that the model sees."""
-        return self.resize_mels or self.n_mels
 
 
 class Spectrogram(NamedTuple):

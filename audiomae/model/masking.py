@@ -1,12 +1,12 @@
 """Which patches an MAE step hides: unstructured, whole time steps, bands, or both, at any ratio, aware of padding."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MaskMode = Literal["unstructured", "time", "frequency", "time+frequency"]
+from audiomae.model.encoder_config import MaskMode
 
 
 class Masking(NamedTuple):

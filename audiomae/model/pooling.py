@@ -1,14 +1,13 @@
 """Tokens of a clip -> one vector. Padding tokens never count."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-PoolingName = Literal[
-    "cls", "mean", "mean_cls", "cls_mean_concat", "max", "attention_score", "attention", "freq_concat"
-]
+from audiomae.model.encoder_config import PoolingName
+
 POOLINGS: tuple[str, ...] = get_args(PoolingName)
 
 

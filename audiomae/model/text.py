@@ -5,26 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from audiomae.config import StrictConfig
-
-DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-class TextConfig(StrictConfig):
-    """A transformers text encoder beside the audio encoder; it stays frozen, its projection is trained.
-
-    Attributes:
-        model: hub name, or a local directory in the transformers layout.
-        dim: width of its hidden states (384 for all-MiniLM-L6-v2).
-        max_tokens: longer texts are cut.
-    """
-
-    model: str = DEFAULT_MODEL
-    dim: int = Field(default=384, gt=0)
-    max_tokens: int = Field(default=128, gt=1)
+from audiomae.model.encoder_config import TextConfig
 
 
 class TextTower:

@@ -3,45 +3,18 @@
 Same contract as AudioMAE's encoder: time-first log-mel in, cls and time-major patch tokens out, padding masked.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from audiomae.config import StrictConfig
-from audiomae.model.audiomae import EncoderOutput, Positions
+from audiomae.model.audiomae import EncoderOutput
 from audiomae.model.blocks import cls_attention
-
-
-class SpectrogramViTConfig(StrictConfig):
-    """A timm VisionTransformer over log-mel.
-
-    Attributes:
-        architecture, model_args: what `timm.create_model` builds, without weights.
-        img_size, patch_size: (frames, mels), as the built model has them.
-        embed_dim: width of a token.
-    """
-
-    kind: Literal["timm"] = "timm"
-    architecture: str
-    model_args: dict[str, Any] = {}
-    img_size: tuple[int, int]
-    patch_size: tuple[int, int]
-    embed_dim: int = Field(gt=0)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(Nt, Nf) patches of one full window."""
-        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
-
-    def fingerprint_fields(self) -> dict[str, Any]:
-        """The settings that decide an embedding."""
-        return self.model_dump(mode="json")
+from audiomae.model.encoder_config import Positions, SpectrogramViTConfig
 
 
 class SpectrogramViT(nn.Module):

@@ -12,43 +12,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from audiomae import storage
 from audiomae.artifacts.embeddings import EmbeddingSet, ShardReceipt
 from audiomae.artifacts.releases import Release, fetch
 from audiomae.artifacts.tables import map_ahead
-from audiomae.config import StrictConfig
 from audiomae.errors import UserError
 from audiomae.search import index as ann
 from audiomae.search.items import Items
-from audiomae.search.spec import FLAT_MAX_ROWS, IndexSpec, choose
-
-
-class BuildConfig(StrictConfig):
-    """How an index is built.
-
-    Attributes:
-        recall: recall@10 that held-out queries must reach, else nothing is published.
-        memory_gib: RAM that the index may take where it is served; None for no limit.
-        rows_per_part: rows of one build task (it holds them in memory).
-        min_parts: into how many parts even a small build is cut.
-        flat_max_rows: up to this many rows the row store is searched exhaustively, without an index before it.
-        compact_share: share of deleted rows from which on everything is rebuilt without them.
-        queries: held-out queries to measure recall with.
-        keep_parts: leave the parts of the newest build below INDEX/parts.
-        seed: of the training sample and k-means.
-    """
-
-    recall: float = Field(default=0.95, ge=0)
-    memory_gib: float | None = Field(default=None, gt=0)
-    rows_per_part: int = Field(default=250_000, gt=0)
-    min_parts: int = Field(default=2, gt=0)
-    flat_max_rows: int = Field(default=FLAT_MAX_ROWS, ge=100)
-    compact_share: float = Field(default=0.1, ge=0, le=1)
-    queries: int = Field(default=500, gt=0)
-    keep_parts: bool = True
-    seed: int = 0
+from audiomae.search.spec import BuildOptions, IndexSpec, choose
 
 
 @dataclass(frozen=True)
@@ -146,7 +118,7 @@ class _Indexed:
 
 
 def make_plan(
-    sets: Sequence[EmbeddingSet], base: Release | None, delete_ids: np.ndarray, config: BuildConfig
+    sets: Sequence[EmbeddingSet], base: Release | None, delete_ids: np.ndarray, config: BuildOptions
 ) -> Plan | None:
     """Compare what is embedded with what is indexed; None when the release in force has it all.
 
@@ -253,7 +225,7 @@ def _last_of_each(ids: np.ndarray) -> np.ndarray:
     return keep
 
 
-def _why_rebuild(old: IndexSpec, new: IndexSpec, live: np.ndarray, config: BuildConfig) -> str:
+def _why_rebuild(old: IndexSpec, new: IndexSpec, live: np.ndarray, config: BuildOptions) -> str:
     dead = 1 - np.count_nonzero(live) / len(live)
     if dead > config.compact_share:
         return f"{dead:.0%} of its rows are deleted"
@@ -265,7 +237,7 @@ def _why_rebuild(old: IndexSpec, new: IndexSpec, live: np.ndarray, config: Build
     return ""
 
 
-def _cut(slices: Sequence[Slice], keep: np.ndarray, config: BuildConfig) -> tuple[Part, ...]:
+def _cut(slices: Sequence[Slice], keep: np.ndarray, config: BuildOptions) -> tuple[Part, ...]:
     total = len(keep)
     if not keep.any():
         return ()

@@ -3,10 +3,34 @@
 import math
 from typing import Literal
 
+from pydantic import Field
+
 from audiomae.config import StrictConfig
 from audiomae.errors import UserError
 
 FLAT_MAX_ROWS = 20_000  # up to here an exact scan takes about a millisecond
+
+
+class BuildOptions(StrictConfig):
+    """How an index is built."""
+
+    recall: float = Field(0.95, ge=0, description="recall@10 that held-out queries must reach, or nothing is published")
+    memory_gib: float | None = Field(
+        None, gt=0, description="RAM that the index may take where it is served, in GiB; null = no limit"
+    )
+    rows_per_part: int = Field(250_000, gt=0, description="rows of one build task, which holds them in memory")
+    min_parts: int = Field(2, gt=0, description="into how many parts even a small build is cut")
+    flat_max_rows: int = Field(
+        FLAT_MAX_ROWS,
+        ge=100,
+        description="up to this many rows the vectors are searched exhaustively, without an index before them",
+    )
+    compact_share: float = Field(
+        0.1, ge=0, le=1, description="share of deleted rows above which everything is rebuilt without them"
+    )
+    queries: int = Field(500, gt=0, description="held-out queries to measure recall with")
+    keep_parts: bool = Field(True, description="leave the parts of the newest build in INDEX/parts")
+    seed: int = Field(0, description="of the training sample and k-means")
 
 
 class IndexSpec(StrictConfig):

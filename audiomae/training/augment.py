@@ -9,60 +9,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
-from audiomae.config import StrictConfig
+from audiomae.training.recipe import AugmentConfig
 
 DB_TO_LOG_POWER = math.log(10) / 10
 EQ_POINTS = 6
-
-
-class AugmentConfig(StrictConfig):
-    """What is done to each view of a clip; 0 or null turns a transform off. Every view draws its own numbers."""
-
-    time_shift: bool = Field(True, description="roll the window by a random offset, as a clip of a loop would start")
-    gain_db: float = Field(6.0, ge=0, description="uniform gain within +- this many dB")
-    stretch: float = Field(
-        1.0, ge=1, description="resampled crop: a stretch of 1/x to x window lengths becomes the window"
-    )
-    freq_crop: float = Field(
-        0.0, ge=0, lt=1, description="resampled crop: cut up to this share of the mel axis, resize back"
-    )
-    pitch: float = Field(
-        0.0, ge=0, lt=1, description="shift up or down by up to this share of the mel axis, edge bands repeated"
-    )
-    scales: tuple[float, ...] = Field(
-        (1.0,), min_length=1, description="crop length of each view, as a share of the window; a short crop is repeated"
-    )
-    mix: float = Field(0.0, ge=0, lt=1, description="background mix: another clip at up to this share of the power")
-    mix_prob: float = Field(1.0, ge=0, le=1, description="share of clips that get a background")
-    eq_db: float = Field(
-        0.0, ge=0, description="random equaliser: smooth filter curve of this standard deviation in dB"
-    )
-    time_masks: int = Field(0, ge=0, description="SpecAugment: number of masked time spans")
-    time_mask_share: float = Field(0.1, ge=0, lt=1, description="longest masked span, as a share of the window")
-    freq_masks: int = Field(0, ge=0, description="SpecAugment: number of masked mel bands")
-    freq_mask_share: float = Field(0.1, ge=0, lt=1, description="widest masked band, as a share of the mel axis")
-
-    @model_validator(mode="after")
-    def _masks_have_size(self) -> "AugmentConfig":
-        if self.time_masks and not self.time_mask_share:
-            raise ValueError("time_masks is set but time_mask_share is 0: give the masks a size")
-        if self.freq_masks and not self.freq_mask_share:
-            raise ValueError("freq_masks is set but freq_mask_share is 0: give the masks a size")
-        if not all(0 < scale <= 1 for scale in self.scales):
-            raise ValueError(f"scales: expected shares of the window, above 0 and at most 1, got {list(self.scales)}")
-        return self
-
-    def source_frames(self, window: int) -> int:
-        """Frames to read from a clip so that the longest resampled crop fits: `ceil(window * stretch)`."""
-        return math.ceil(window * self.stretch)
-
-    def crop_frames(self, window: int, views: int) -> list[int]:
-        """Frames that each view is cut from; the last of `scales` counts for views beyond it."""
-        full = self.source_frames(window)
-        return [max(1, round(full * self.scales[min(view, len(self.scales) - 1)])) for view in range(views)]
 
 
 def augment(batch: Tensor, window: int, config: AugmentConfig, generator: Generator) -> Tensor:

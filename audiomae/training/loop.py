@@ -30,8 +30,8 @@ from audiomae.training.augment import augment
 from audiomae.training.data import Batch, Loader, Sampler
 from audiomae.training.distributed import rank, world_size
 from audiomae.training.items import numbered
-from audiomae.training.objectives import HIDDEN_TARGETS, ClipTargets, Objective, Replay
-from audiomae.training.recipe import TrainConfig
+from audiomae.training.objectives import ClipTargets, Objective, Replay
+from audiomae.training.recipe import HIDDEN_TARGETS, Recipe
 from audiomae.training.validation import Validator
 
 STATE_FILE, ENCODER_DIR = "state.pt", "encoder"
@@ -108,7 +108,7 @@ class TrainLoop:
     torch.distributed must be initialised already when there are several workers.
     """
 
-    def __init__(self, config: TrainConfig, items: pa.Table, cache: Path, device: torch.device, host: Host) -> None:
+    def __init__(self, config: Recipe, items: pa.Table, cache: Path, device: torch.device, host: Host) -> None:
         self.config, self.items, self.device, self.host = config, items, device, host
         self.precision = pick_precision(config.precision, device)
         self.store = FeatureStore(cache, items["shard"], items["first_frame"], items["frames"])
@@ -345,7 +345,7 @@ class TrainLoop:
         self.step, self.meter, self.records = state["step"], Meter(**state["meter"]), state["records"]
 
 
-def build_encoder(config: TrainConfig) -> AudioEncoder:
+def build_encoder(config: Recipe) -> AudioEncoder:
     """The encoder to train: new, or with features and backbone of `config.init` and heads as `config.encoder` says."""
     decoder = config.objective.reconstructs
     if config.init is None:

@@ -9,79 +9,19 @@ a step, while only one micro-batch's activations are in memory.
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
-from audiomae.config import StrictConfig
 from audiomae.errors import ConfigError
 from audiomae.model.audiomae import AudioMAE, EncoderOutput, mae_loss
 from audiomae.model.encoder import AudioEncoder
-from audiomae.model.masking import Masking, MaskMode, random_masking
+from audiomae.model.masking import Masking, random_masking
 from audiomae.training import losses
 from audiomae.training.distributed import gather, gather_with_grad
-
-WEIGHTS = ("mae", "latent", "contrastive", "uniformity", "alignment", "triplet", "clap_lite", "clap")
-HIDDEN_TARGETS = ("mae", "latent")  # losses over what is hidden; the others compare clips
-SUPERVISED = ("triplet", "clap_lite")
-
-
-class ObjectiveConfig(StrictConfig):
-    """The weight of each loss (0 = off) and how the losses are formed."""
-
-    mae: float = Field(1.0, ge=0)
-    latent: float = Field(
-        0.0, ge=0, description="predict a slowly following teacher's tokens where patches are hidden (EAT)"
-    )
-    contrastive: float = Field(0.0, ge=0)
-    uniformity: float = Field(0.0, ge=0)
-    alignment: float = Field(0.0, ge=0)
-    triplet: float = Field(0.0, ge=0)
-    clap_lite: float = Field(0.0, ge=0)
-    clap: float = Field(0.0, ge=0)
-
-    views: Literal[1, 2] = Field(2, description="augmented views of each clip in a step")
-    view_tokens: Literal["visible", "all"] = Field(
-        "visible",
-        description="visible = embed the tokens that the masked pass encoded (one pass); all = a second, unmasked pass",
-    )
-    mae_views: Literal["first", "all"] = Field("first", description="which views are reconstructed")
-    mask_ratio: float | None = Field(None, ge=0, lt=1, description="null = the backbone's")
-    mask_mode: MaskMode | None = Field(None, description="null = the backbone's")
-    view_mask_modes: tuple[MaskMode, MaskMode] | None = Field(
-        None, description="mask mode of the first and of the second view, such as [time, frequency] (AudioMosaic)"
-    )
-    teacher_decay: float = Field(
-        0.99, ge=0, lt=1, description="of the latent targets' teacher: what it keeps of itself at each step"
-    )
-    supervised: bool | None = Field(None, description="contrastive positives by label; null = where labels exist")
-    positives: Literal["mean", "sum"] = "mean"
-    temperature: float = Field(0.1, gt=0, description="of the contrastive loss; the CLAP losses learn theirs from here")
-    margin: float = Field(0.2, gt=0, description="of the triplet loss")
-    projector: int = Field(0, ge=0, description="width of a head used by contrastive losses only; 0 = none")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ObjectiveConfig":
-        if not any(getattr(self, name) for name in WEIGHTS):
-            raise ValueError(f"every loss weight is 0: set at least one of {', '.join(WEIGHTS)}")
-        if self.views == 1 and (self.alignment or (self.contrastive and self.supervised is False)):
-            raise ValueError("alignment and self-supervised contrastive losses compare two views: set views: 2")
-        if self.view_mask_modes and self.views != 2:
-            raise ValueError("view_mask_modes names a mask mode for each of two views: set views: 2")
-        return self
-
-    @property
-    def compares(self) -> bool:
-        """Whether any loss compares clips with each other."""
-        return any(getattr(self, name) for name in WEIGHTS if name not in HIDDEN_TARGETS)
-
-    @property
-    def reconstructs(self) -> bool:
-        """Whether any loss asks for what is hidden, which takes the decoder."""
-        return any(getattr(self, name) for name in HIDDEN_TARGETS)
+from audiomae.training.recipe import SUPERVISED, ObjectiveConfig
 
 
 class ClipTargets(NamedTuple):

@@ -8,28 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from audiomae.config import StrictConfig
 from audiomae.errors import ConfigError
+from audiomae.training.recipe import OptimConfig
 
 LayerOf = Callable[[str], int]
-
-
-class OptimConfig(StrictConfig):
-    """AdamW and its schedule. `lr` is the peak rate at the configured batch size, not rescaled."""
-
-    lr: float = Field(1e-3, gt=0)
-    min_lr: float = Field(0.0, ge=0, description="rate that the cosine ends at")
-    weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup_epochs: float = Field(1.0, ge=0)
-    clip_grad: float | None = Field(1.0, gt=0, description="largest gradient norm; null = no clipping")
-    layer_decay: float = Field(
-        1.0, gt=0, le=1, description="rate factor per layer below the top (BEiT/MAE fine-tuning)"
-    )
-    freeze_layers: int = Field(0, ge=0, description="freeze the patch embedding and this many blocks from the bottom")
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, floor: float = 0.0) -> float:

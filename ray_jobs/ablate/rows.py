@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict
 
-from audiomae.config import StrictConfig, build_config, load_config, nearest
+from audiomae.config import StrictConfig, build_config, merged, nearest
 from audiomae.errors import ConfigError
 from audiomae.storage import sha256_bytes
-from audiomae.training.recipe import TrainConfig
+from audiomae.training.recipe import Recipe
 
 BASE = "base"
 Method = Literal["train", "reuse", "continue", "untrained", "mfcc", "logmel"]
@@ -66,12 +65,6 @@ class Unit:
         return asdict(self)
 
 
-class _Tree(StrictConfig):
-    """Any mapping: YAML files and `--set` merged, not yet checked."""
-
-    model_config = ConfigDict(extra="allow")
-
-
 def load_rows(folder: Path) -> dict[str, Row]:
     """All rows of a folder by name: `base` first, parents before children, otherwise in the order of their file names.
 
@@ -102,18 +95,17 @@ def selected(rows: Mapping[str, Row], only: Sequence[str] | None) -> list[str]:
     return [name for name in rows if name in wanted]
 
 
-def config_trees(rows: Mapping[str, Row], files: Sequence[str], sets: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The training config of each row as a plain tree: recipe files, `--set`, then the changes down its lineage.
+def config_trees(rows: Mapping[str, Row], recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The training recipe of each row as a plain tree: the keys of `recipe`, then the changes down its lineage.
 
     Raises:
         ConfigError: naming the row whose config is not valid.
     """
-    recipe = load_config(_Tree, files, sets).model_extra or {}
     trees: dict[str, dict[str, Any]] = {}
     for name, row in rows.items():
         trees[name] = merged(recipe if row.parent is None else trees[row.parent], row.changes)
         try:
-            build_config(TrainConfig, trees[name])
+            build_config(Recipe, trees[name])
         except ConfigError as error:
             raise ConfigError(f"row {name}: {error}") from None
     return trees
@@ -156,17 +148,6 @@ def plan_units(
                     )
                 )
     return units
-
-
-def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` with `changes` laid over it, mappings key by key."""
-    result = dict(tree)
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = merged(result[key], value)
-        else:
-            result[key] = value
-    return result
 
 
 def _key(value: Any) -> str:

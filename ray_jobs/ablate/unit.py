@@ -22,7 +22,7 @@ from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.storage import copy_tree, to_path, write_json
 from audiomae.training.items import build_items
 from audiomae.training.loop import ENCODER_DIR, TrainLoop
-from audiomae.training.recipe import CheckpointingConfig, TrainConfig
+from audiomae.training.recipe import CheckpointingConfig, Recipe
 
 NOTHING_TO_RESUME = CheckpointingConfig(every_epochs=10**9)
 BASELINES = {"mfcc": mfcc_statistics, "logmel": logmel_statistics}
@@ -32,7 +32,7 @@ def sample_rate_of(unit: Mapping[str, Any]) -> int:
     """The rate at which a unit wants the corpus' audio."""
     if unit["method"] in BASELINES:
         return SAMPLE_RATE
-    return build_config(TrainConfig, unit["config"]).encoder.features.sample_rate
+    return build_config(Recipe, unit["config"]).encoder.features.sample_rate
 
 
 def run_unit(
@@ -62,7 +62,7 @@ def run_unit(
 
     torch.set_num_threads(threads)
     started = time.monotonic()
-    config = build_config(TrainConfig, _with_text_model(unit["config"], text_model))
+    config = build_config(Recipe, _with_text_model(unit["config"], text_model))
     audio = {uri: clip for reference in chunks for uri, clip in ray.get(reference).items()}
     clips = [audio[uri] for uri in listing["uri"].to_pylist()]
     about: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def encoder_dir(out: str, row: str, unit: Mapping[str, Any]) -> Any:
 
 
 def _encoder(
-    unit: Mapping[str, Any], config: TrainConfig, out: str, listing: pa.Table, cached: tuple[str, pa.Table] | None
+    unit: Mapping[str, Any], config: Recipe, out: str, listing: pa.Table, cached: tuple[str, pa.Table] | None
 ) -> tuple[AudioEncoder, dict[str, Any]]:
     """The encoder that the unit's method gives, and what is worth telling of its training."""
     if unit["method"] == "untrained":
@@ -110,9 +110,7 @@ def _encoder(
         return AudioEncoder.load(chosen, device="auto", dtype="float32"), about
 
 
-def _train(
-    config: TrainConfig, listing: pa.Table, cached: tuple[str, pa.Table], host: "_KeepEncoders"
-) -> dict[str, Any]:
+def _train(config: Recipe, listing: pa.Table, cached: tuple[str, pa.Table], host: "_KeepEncoders") -> dict[str, Any]:
     cache, clips = cached
     config = config.model_copy(update={"checkpoint": NOTHING_TO_RESUME})
     items = build_items(clips, listing, config.data, config.seed)

@@ -20,7 +20,7 @@ import torch
 
 from audiomae.config import load_config
 from audiomae.training.loop import TrainLoop
-from audiomae.training.recipe import TrainConfig
+from audiomae.training.recipe import Recipe
 from ray_jobs import train
 
 ROOT = Path(train.__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ class Keep:
 
 def undisturbed(run: Path, corpus: Path, folder: Path) -> Path:
     """What the job's config and clips give in this process, without ray and in one go."""
-    config = load_config(TrainConfig, [run / "config.yaml"])
+    config = load_config(Recipe, [run / "config.yaml"])
     (cache,) = (corpus.parent / "features").iterdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a Ray worker of one CPU: sums are taken in the same order

@@ -118,8 +118,9 @@ def test_a_killed_build_is_finished_by_the_same_line(tmp_path: Path, encoder: Au
 
 KILLED = """
 import os, signal, sys
-from audiomae.search import release
-import ray_jobs.build_index as job
+from audiomae.artifacts import releases as release
+from ray_jobs.build_index import main
+from ray_jobs.indexing import job
 directory, encoder, out, point = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -127,7 +128,7 @@ setattr(release, point, die)
 job._save_encoder = lambda given, sets, base, fingerprint, target: target.mkdir()
 job._run_tasks = lambda label, function, calls: [function(*call) for call in calls]
 job.connect = lambda: None
-job.main(["--embeddings", directory, "--encoder", encoder, "--out", out])
+main(["--embeddings", directory, "--encoder", encoder, "--out", out])
 """
 
 

@@ -15,7 +15,8 @@ from audiomae.errors import ConfigError, UserError
 from audiomae.metrics import score_protocol, summarise
 from audiomae.model.encoder import EncoderConfig
 from audiomae.storage import write_json
-from ray_jobs.evaluate_retrieval import display_names, main
+from ray_jobs.evaluate_retrieval import main
+from ray_jobs.evaluating.job import display_names
 
 CLASSES, FOLDS, RATE = ("low", "mid", "high"), 4, 16000
 FAILURES = pa.schema([(name, pa.string()) for name in ("uri", "stage", "error_class", "message")])

@@ -15,6 +15,7 @@ from audiomae.model.encoder import AudioEncoder
 from audiomae.storage import walk_files
 from audiomae.training.recipe import DataConfig
 from ray_jobs import train
+from ray_jobs.training import job
 
 ROOT = Path(train.__file__).resolve().parent.parent
 RECIPE = str(Path(train.__file__).parent / "recipes" / "debug.yaml")
@@ -89,15 +90,15 @@ def test_another_config_under_the_same_name_is_refused_with_what_differs(finishe
 
 
 def test_features_are_decoded_once_for_all_runs_on_a_corpus(finished, corpus, capsys, monkeypatch):
-    from ray_jobs import _feature_cache
+    from ray_jobs.training import feature_cache
 
     def no_decoding(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(_feature_cache, "_extract", no_decoding)
-    root, listing = _feature_cache.list_files(str(corpus), DataConfig())
+    monkeypatch.setattr(feature_cache, "_extract", no_decoding)
+    root, listing = feature_cache.list_files(str(corpus), DataConfig())
     features = AudioEncoder.load(finished / "encoder", device="cpu").config.features
-    _, clips = _feature_cache.build_cache(str(finished.parent / "features"), root, listing, features, 10.0)
+    _, clips = feature_cache.build_cache(str(finished.parent / "features"), root, listing, features, 10.0)
     assert len(clips) == 25
     assert "broken.wav" in capsys.readouterr().out
 
@@ -156,7 +157,7 @@ def test_a_non_finite_loss_ends_the_job_with_step_clips_and_checkpoint(ray_clust
 def test_what_stopped_training_is_an_error_of_the_job(ray_cluster, corpus, tmp_path, monkeypatch):
     stop = {"step": 7, "loss": float("nan"), "clips": ["low/00.wav", "high/01.wav"]}
     ended = SimpleNamespace(return_value=stop, checkpoint=SimpleNamespace(path="runs/x/checkpoint_00000004"))
-    monkeypatch.setattr(train, "_fit", lambda *_: ended)
+    monkeypatch.setattr(job, "_fit", lambda *_: ended)
     with pytest.raises(
         UserError, match=r"at step 7; clips of that step: low/00.wav, high/01.wav; .*checkpoint_00000004"
     ):

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from audiomae.config import merged, resolve_tree
 from audiomae.errors import ConfigError
 from audiomae.evaluation.ablation import RowResults, difference, render_table
-from ray_jobs.ablate.rows import config_trees, load_rows, merged, plan_units, selected
-from ray_jobs.ablation import _corpus_hash
+from ray_jobs.ablate.job import _corpus_hash
+from ray_jobs.ablate.rows import config_trees, load_rows, plan_units, selected
 
 RECIPES = Path(__file__).resolve().parents[3] / "ray_jobs" / "recipes"
 
@@ -27,7 +28,7 @@ def folder(tmp_path):
 
 
 def units_of(rows, folds=("1", "2"), seeds=(0,), corpus_hash="c", sets=()):
-    trees = config_trees(rows, [str(RECIPES / "debug.yaml")], list(sets))
+    trees = config_trees(rows, resolve_tree([RECIPES / "debug.yaml"], sets))
     return plan_units(rows, trees, folds, seeds, "fold", corpus_hash)
 
 
@@ -39,7 +40,7 @@ def test_rows_inherit_down_their_line_and_parents_come_first(folder):
     )
     rows = load_rows(path)
     assert list(rows).index("base") < list(rows).index("plain") < list(rows).index("a_child")
-    trees = config_trees(rows, [str(RECIPES / "debug.yaml")], ["batch_size=16"])
+    trees = config_trees(rows, resolve_tree([RECIPES / "debug.yaml"], ["batch_size=16"]))
     assert trees["base"]["objective"] == {"mae": 1.0, "contrastive": 0.1}
     assert trees["a_child"]["objective"] == {"mae": 1.0, "contrastive": 0.0, "uniformity": 0.1}
     assert (trees["a_child"]["epochs"], trees["a_child"]["batch_size"]) == (7, 16)
@@ -99,8 +100,8 @@ def test_bad_rows_are_named(folder, rows, message):
 
 def test_a_bad_change_names_its_row(folder):
     rows = load_rows(folder(base={"parent": None}, typo={"changes": {"objective": {"contrastiv": 1}}}))
-    with pytest.raises(ConfigError, match=r"row typo: .*did you mean 'contrastive'"):
-        config_trees(rows, [str(RECIPES / "debug.yaml")], [])
+    with pytest.raises(ConfigError, match=r"row typo: .*did you mean 'objective.contrastive'"):
+        config_trees(rows, resolve_tree([RECIPES / "debug.yaml"]))
     with pytest.raises(ConfigError, match="--only bas"):
         selected(rows, ["bas"])
 
@@ -163,7 +164,7 @@ def test_the_table_says_everything_once():
 
 def test_the_rows_that_ship_are_valid():
     rows = load_rows(RECIPES / "ablations")
-    config_trees(rows, [str(RECIPES / "esc10.yaml")], [])
+    config_trees(rows, resolve_tree([RECIPES / "esc10.yaml"]))
     assert rows["base"].parent is None
 
 

@@ -12,10 +12,10 @@ from audiomae.artifacts.receipts import FileEntry
 from audiomae.errors import IntegrityError
 from audiomae.search import build
 from audiomae.search import index as ann
-from audiomae.search.build_plan import BuildConfig, Plan, make_plan
+from audiomae.search.build_plan import BuildOptions, Plan, make_plan
 
 DIM, ROWS = 16, 2000
-CONFIG = BuildConfig(flat_max_rows=100)
+CONFIG = BuildOptions(flat_max_rows=100)
 
 
 @pytest.fixture

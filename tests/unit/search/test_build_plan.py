@@ -11,7 +11,7 @@ from audiomae.artifacts.embeddings import EmbeddingSet
 from audiomae.corpus.manifest import clip_id
 from audiomae.errors import UserError
 from audiomae.search.audio_index import AudioIndex
-from audiomae.search.build_plan import BuildConfig, Plan, make_plan
+from audiomae.search.build_plan import BuildOptions, Plan, make_plan
 
 DIM = 16
 NONE = np.zeros(0, dtype=np.int64)
@@ -26,7 +26,7 @@ def ids(uris: list[str]) -> np.ndarray:
 
 
 def plan(index: Path, sets: list[EmbeddingSet], delete: np.ndarray = NONE, **settings: object) -> Plan | None:
-    return make_plan(sets, release.resolve_or_none(index), delete, BuildConfig(**settings))  # type: ignore[arg-type]
+    return make_plan(sets, release.resolve_or_none(index), delete, BuildOptions(**settings))  # type: ignore[arg-type]
 
 
 def indexed(index: Path) -> set[str]:

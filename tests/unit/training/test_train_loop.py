@@ -16,7 +16,7 @@ from audiomae.errors import ConfigError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.training.items import build_items
 from audiomae.training.loop import TrainLoop, build_encoder, encoder_layers
-from audiomae.training.recipe import TrainConfig
+from audiomae.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("cpu_with_bfloat16")  # the same figures on a CPU that has it
 
@@ -42,11 +42,11 @@ RECIPE = {
 }
 
 
-def recipe(**changes) -> TrainConfig:
+def recipe(**changes) -> Recipe:
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in RECIPE.items()}
     for key, value in changes.items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
-    return build_config(TrainConfig, tree)
+    return build_config(Recipe, tree)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ class Host:
         self.records = [dict(record) for record in records]
 
 
-def loop(corpus, host: Host, config: TrainConfig | None = None) -> TrainLoop:
+def loop(corpus, host: Host, config: Recipe | None = None) -> TrainLoop:
     config = config or recipe()
     folder, clips, listing = corpus
     return TrainLoop(config, build_items(clips, listing, config.data, config.seed), folder, torch.device("cpu"), host)

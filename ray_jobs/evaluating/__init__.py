@@ -1,0 +1,1 @@
+"""The Ray side of `evaluate_retrieval.py`."""

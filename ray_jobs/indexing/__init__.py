@@ -1,0 +1,1 @@
+"""The Ray side of `build_index.py`."""

@@ -1,0 +1,1 @@
+"""The Ray side of `train.py`: the feature cache and the run."""

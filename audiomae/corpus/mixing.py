@@ -17,7 +17,6 @@ import numpy as np
 
 from audiomae.errors import DecodeError
 
-"""What the `channel` option may be."""
 CELL_S = 0.5
 FADE_S = 0.02
 CANCEL_SHARE = 0.125

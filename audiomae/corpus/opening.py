@@ -27,7 +27,8 @@ from audiomae.corpus.damage import DecodeReport, LostSpan, OnDamage, refuse
 from audiomae.corpus.ffmpeg import AvReader
 from audiomae.corpus.files import Patched, RecordingFile
 from audiomae.corpus.headers import Facts, has_mp3_frame, has_mp3_length, inspect
-from audiomae.corpus.mixing import CHANNEL, Pick, cell_frames, mix
+from audiomae.corpus.mixing import Pick, cell_frames, mix
+from audiomae.corpus.read_as import CHANNEL
 from audiomae.corpus.readers import AudioInfo, CorruptError, Reader, SoundfileReader, UnreadableError
 from audiomae.corpus.sources import open_source
 from audiomae.errors import DecodeError

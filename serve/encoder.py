@@ -1,37 +1,60 @@
-"""The encoder deployment: windows of sound in, unit vectors out, batched across requests."""
+"""The encoder: windows of sound in, unit vectors out, batched across requests.
+
+`BatchingEncoder` lives in a process: in every API replica for short queries where they run on CPUs (no hop), and in the
+`Encoder` deployment for long uploads and for GPUs. The deployment runs at a low priority on CPUs, so that long uploads
+take the time that short queries leave.
+"""
 
 import asyncio
+import itertools
 import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import PriorityQueue
 from typing import Any
 
 import numpy as np
 import torch
-from ray import serve
 
 from audiomae import storage
 from audiomae.artifacts import releases as releases
 from audiomae.model.encoder import AudioEncoder
-from serve.records import EncoderInfo
-from serve.schema import ServeArgs
+from serve.arguments import ServeArgs
+from serve.audio import decode_query
+from serve.queries import EncoderInfo, Region
 from serve.versions import VersionCache, mismatch
 
+LONG_BATCH = 4  # windows of a long upload encoded at a time: a short query waits for no more than these
+NICE = 10
 
-class Encoder:
-    """Holds the encoder of the serving release (two of them while releases are being swapped).
 
-    Every call names its release, so a query is always encoded by the encoder its index was built with.
+@dataclass(order=True)
+class _Job:
+    """One window to encode; earlier requests and shorter ones first."""
+
+    priority: tuple[int, int]
+    version: str = field(compare=False)
+    window: np.ndarray = field(compare=False)
+    done: "Future[np.ndarray]" = field(compare=False)
+
+
+class BatchingEncoder:
+    """Encodes windows of many requests together; a batch forms while the one before it is being encoded.
+
+    A request's windows are queued by their number among its own: the first windows of all requests come before the
+    second of any, so that a long one does not hold up those that come after it.
     """
 
-    def __init__(self, args: ServeArgs, version: str) -> None:
+    def __init__(self, args: ServeArgs) -> None:
         torch.set_num_threads(args.encoder_threads or os.cpu_count() or 1)
         self._args = args
         self._encoders: VersionCache[AudioEncoder] = VersionCache(self._open)
-        queue: Any = self._encode_batch  # @serve.batch gives the method these two setters
-        queue.set_max_batch_size(args.max_batch_size)
-        queue.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
-        self._encoders.get(version)
+        self._jobs: PriorityQueue[_Job] = PriorityQueue()
+        self._arrivals = itertools.count()
+        threading.Thread(target=self._work, name="encode", daemon=True).start()
 
     def load(self, version: str) -> EncoderInfo:
         """Make the encoder of release `version` ready and describe it.
@@ -49,25 +72,45 @@ class Encoder:
             text_reason=text_reason(encoder),
         )
 
-    async def encode(self, version: str, windows: Sequence[np.ndarray]) -> np.ndarray:
-        """Unit vectors float32[W, dim] of W windows, each float32[S] mono at the encoder's sample rate."""
-        return np.stack(await asyncio.gather(*(self._encode_batch((version, window)) for window in windows)))
+    def submit(self, version: str, windows: Sequence[np.ndarray]) -> "list[Future[np.ndarray]]":
+        """Queue W windows, each float32[S] mono at the encoder's rate; the futures give float32[dim]."""
+        arrival = next(self._arrivals)
+        futures: list[Future[np.ndarray]] = []
+        for rank, window in enumerate(windows):
+            done: Future[np.ndarray] = Future()
+            futures.append(done)
+            self._jobs.put(_Job((rank // LONG_BATCH, arrival), version, window, done))
+        return futures
+
+    def encode(self, version: str, windows: Sequence[np.ndarray], timeout_s: float) -> np.ndarray:
+        """Unit vectors float32[W, dim] of W windows. Raises TimeoutError."""
+        futures = self.submit(version, windows)
+        try:
+            return np.stack([done.result(timeout_s) for done in futures])
+        finally:
+            for done in futures:
+                done.cancel()
 
     def encode_text(self, version: str, texts: list[str]) -> np.ndarray:
         """Unit vectors float32[T, dim] of texts; only for encoders with a text tower."""
         return self._encoders.get(version).embed_text(texts)
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)
-    async def _encode_batch(self, jobs: list[tuple[str, np.ndarray]]) -> list[np.ndarray]:
-        return await asyncio.to_thread(self._encode_jobs, jobs)
-
-    def _encode_jobs(self, jobs: list[tuple[str, np.ndarray]]) -> list[np.ndarray]:
-        vectors: dict[int, np.ndarray] = {}
-        for version in {version for version, _ in jobs}:
-            rows = [row for row, job in enumerate(jobs) if job[0] == version]
-            embedded = self._encoders.get(version).embed([jobs[row][1] for row in rows], batch_size=len(rows))
-            vectors.update(zip(rows, embedded, strict=True))
-        return [vectors[row] for row in range(len(jobs))]
+    def _work(self) -> None:
+        while True:
+            jobs = [self._jobs.get()]
+            while len(jobs) < self._args.max_batch_size and not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            wanted = [job for job in jobs if job.done.set_running_or_notify_cancel()]
+            for version in dict.fromkeys(job.version for job in wanted):
+                batch = [job for job in wanted if job.version == version]
+                try:
+                    vectors = self._encoders.get(version).embed([job.window for job in batch], batch_size=len(batch))
+                except Exception as error:
+                    for job in batch:
+                        job.done.set_exception(error)
+                else:
+                    for job, vector in zip(batch, vectors, strict=True):
+                        job.done.set_result(vector)
 
     def _open(self, version: str) -> AudioEncoder:
         release = releases.resolve(self._args.index, version)
@@ -75,6 +118,56 @@ class Encoder:
         if encoder.fingerprint != release.fingerprint:
             raise mismatch(release, encoder.fingerprint)
         return encoder
+
+
+class Encoder:
+    """The deployment: long uploads decoded and encoded from their bytes, and short ones where there is a GPU.
+
+    Every call names its release, so a query is always encoded by the encoder its index was built with.
+    """
+
+    def __init__(self, args: ServeArgs, version: str) -> None:
+        self._args = args
+        self._encoder = BatchingEncoder(args)
+        if not self._encoder.load(version).device.startswith("cuda"):
+            os.nice(NICE)  # threads made from here on, torch's among them
+        self._work = asyncio.Semaphore(os.cpu_count() or 1)
+
+    def load(self, version: str) -> EncoderInfo:
+        """As `BatchingEncoder.load`."""
+        return self._encoder.load(version)
+
+    async def encode(self, version: str, windows: list[np.ndarray]) -> np.ndarray:
+        """Unit vectors float32[W, dim] of decoded windows."""
+        return np.stack(await asyncio.gather(*map(asyncio.wrap_future, self._encoder.submit(version, windows))))
+
+    async def embed_upload(
+        self, version: str, data: bytes, window_s: float, region: Region
+    ) -> tuple[list[tuple[float, float]], np.ndarray]:
+        """Where the windows of an upload lie, in seconds, and their vectors float32[W, dim]; one upload a CPU.
+
+        Raises:
+            Problem: 413, 415 or 422 with the decoder's reason.
+        """
+        async with self._work:
+            return await asyncio.to_thread(self._embed_upload, version, data, window_s, region)
+
+    def encode_text(self, version: str, texts: list[str]) -> np.ndarray:
+        """As `BatchingEncoder.encode_text`."""
+        return self._encoder.encode_text(version, texts)
+
+    def _embed_upload(self, version: str, data: bytes, window_s: float, region: Region) -> Any:
+        rate = self._encoder.load(version).sample_rate
+        spans, vectors, batch = [], [], []
+        for window in decode_query(data, rate, window_s, self._args, region):
+            spans.append((window.start_s, window.end_s))
+            batch.append(window.samples)
+            if len(batch) == LONG_BATCH:
+                vectors.append(self._encoder.encode(version, batch, self._args.request_timeout_s))
+                batch = []
+        if batch:
+            vectors.append(self._encoder.encode(version, batch, self._args.request_timeout_s))
+        return spans, np.concatenate(vectors)
 
 
 def text_reason(encoder: AudioEncoder) -> str | None:

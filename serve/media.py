@@ -10,12 +10,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from audiomae.corpus.decode import decode, probe
 from audiomae.corpus.manifest import open_source
 from audiomae.errors import DecodeError
 from serve.audio import decode_problem
+from serve.catalogue import EXAMPLES, Catalogue
 from serve.problems import Problem
 
 CHUNK_BYTES = 256 << 10
@@ -36,9 +37,24 @@ def audio_response(root: str, row: dict[str, Any], format: str, range_header: st
     if format == "wav":
         return ranged(io.BytesIO(as_wav(source, row)), range_header, "audio/wav")
     if isinstance(source, Path):
-        return FileResponse(source, media_type=media_type(row["uri"]), headers=HEADERS)
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+        file: BinaryIO = source.open("rb")
+    else:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
     return ranged(file, range_header, media_type(row["uri"]))
+
+
+def playable_examples(catalogue: Catalogue) -> list[dict[str, Any]]:
+    """The first few of a release's examples whose files are still where the corpus was."""
+    found = []
+    for row in catalogue.examples:
+        try:
+            find(catalogue.index.corpus_root(row), row)
+        except Problem:
+            continue
+        found.append(row)
+        if len(found) == EXAMPLES:
+            break
+    return found
 
 
 def spectrogram_response(root: str, row: dict[str, Any]) -> Response:
@@ -111,7 +127,11 @@ def media_type(uri: str) -> str:
 def ranged(file: BinaryIO, range_header: str | None, kind: str) -> Response:
     """A seekable binary file, or the one byte range of it that is asked for (RFC 9110)."""
     size = file.seek(0, os.SEEK_END)
-    start, end = parse_range(range_header, size)
+    try:
+        start, end = parse_range(range_header, size)
+    except Problem:
+        file.close()
+        raise
     headers = {**HEADERS, "Accept-Ranges": "bytes", "Content-Length": str(end - start)}
     if (start, end) == (0, size):
         return StreamingResponse(chunks(file, 0, size), media_type=kind, headers=headers)

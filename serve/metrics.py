@@ -5,14 +5,26 @@ over `replica` are right. Ray's own metrics (queue lengths, batch sizes, replica
 `ray start --metrics-export-port` names.
 """
 
+import asyncio
+import logging
 import time
+import uuid
 from collections.abc import Iterable
+from typing import Any
 
+import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.admission import Lane
+from serve.problems import CLIENT_GONE
+
+LOGGER = logging.getLogger("ray.serve")  # Ray gives it a file for each replica
+REQUEST_ID = "x-request-id"
+QUIET = ("/healthz", "/readyz", "/metrics")
 BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -42,6 +54,12 @@ class ApiMetrics:
             buckets=BUCKETS_S,
             registry=self.registry,
         )
+        self._lanes = Gauge(
+            "audiomae_lane_requests",
+            "Requests at work and waiting in each lane.",
+            ("replica", "lane", "state"),
+            registry=self.registry,
+        )
         self._release = Gauge(
             "audiomae_release_rows",
             "Rows of the release being served.",
@@ -65,13 +83,19 @@ class ApiMetrics:
         self._release.clear()
         self._release.labels(self._replica, version, fingerprint).set(rows)
 
+    def lanes(self, lanes: Iterable[Lane]) -> None:
+        """Record how full the lanes are."""
+        for lane in lanes:
+            self._lanes.labels(self._replica, lane.name, "working").set(lane.working)
+            self._lanes.labels(self._replica, lane.name, "waiting").set(lane.waiting)
+
     def text(self) -> str:
         """This replica's metrics in the Prometheus text format."""
         return generate_latest(self.registry).decode()
 
 
 class CountRequests:
-    """ASGI middleware that times every request and leaves its start in `request.state.started`."""
+    """ASGI middleware that times, counts and logs every request; `request.state.started` is its start. Answers HEAD."""
 
     def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
         self._app, self._metrics = app, metrics
@@ -81,19 +105,44 @@ class CountRequests:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        scope["state"] = {**scope.get("state", {}), "started": started}
-        status = 500
+        scope = {**scope, "state": {**scope.get("state", {}), "started": started}}
+        status, method = 500, scope["method"]
+        head = method == "HEAD"
+        if head:  # answered as GET, without the content
+            scope["method"] = "GET"
+        request_id = Headers(scope=scope).get(REQUEST_ID) or uuid.uuid4().hex  # Serve gives and returns one
 
         async def noted(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
+            if head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            status = CLIENT_GONE
+            raise
         finally:
+            seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.request(scope["method"], route, status, time.perf_counter() - started)
+            self._metrics.request(method, route, status, seconds)
+            if route not in QUIET:
+                log(request_id, method, scope["path"], status, seconds, scope["state"].get("timing"))
+
+
+def log(request_id: str, method: str, path: str, status: int, seconds: float, timing: Any) -> None:
+    """One JSON line for a request, with the time of each stage in milliseconds."""
+    line = {
+        "request_id": request_id,
+        "method": method,
+        "path": path,
+        "status": status,
+        "ms": round(seconds * 1000, 3),
+        "stages_ms": None if timing is None else {"queue": timing.queue, **timing.model_dump()},
+    }
+    LOGGER.info(orjson.dumps(line).decode(), extra={"log_to_stderr": False})
 
 
 def merge(texts: Iterable[str]) -> bytes:

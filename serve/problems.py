@@ -3,10 +3,16 @@
 from http import HTTPStatus
 from typing import Any
 
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
+
+from serve.schema import ProblemBody
+
+MEDIA_TYPE = "application/problem+json"
 
 
 class Problem(HTTPException):
@@ -38,7 +44,27 @@ class Problem(HTTPException):
             "detail": self.detail,
             **self.extra,
         }
-        return JSONResponse(body, self.status_code, self.headers, media_type="application/problem+json")
+        return Response(orjson.dumps(body, default=str), self.status_code, self.headers, media_type=MEDIA_TYPE)
+
+
+class ClientGone(Exception):
+    """The client left before it had sent all of its request; nobody waits for the answer."""
+
+
+CLIENT_GONE = 499  # nginx's number for it
+
+
+def invalid(errors: list[Any]) -> Problem:
+    """422 `invalid_request` from what pydantic found."""
+    found = [{"where": ".".join(str(part) for part in item["loc"]), "message": item["msg"]} for item in errors]
+    detail = "; ".join(f"{item['where']}: {item['message']}" for item in found[:5])
+    return Problem(422, "invalid_request", detail.encode(errors="replace").decode(), errors=found[:50])
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses=` of a route that can fail with these statuses, for OpenAPI."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{ProblemBody.__name__}"}}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 400: "bad_request"}
@@ -52,15 +78,20 @@ def install(app: FastAPI) -> None:
         if isinstance(error, Problem):
             return error.response()
         code = _CODES.get(error.status_code, "http_error")
-        return Problem(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}").response()
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        return Problem(error.status_code, code, detail, headers=dict(error.headers or {})).response()
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        errors = [
-            {"where": ".".join(str(part) for part in item["loc"]), "message": item["msg"]} for item in error.errors()
-        ]
-        detail = "; ".join(f"{item['where']}: {item['message']}" for item in errors[:5])
-        return Problem(422, "invalid_request", detail, errors=errors[:50]).response()
+    async def bad_request(request: Request, error: RequestValidationError) -> Response:
+        return invalid(list(error.errors())).response()
+
+    @app.exception_handler(ValidationError)
+    async def bad_body(request: Request, error: ValidationError) -> Response:
+        return invalid(list(error.errors(include_input=False, include_context=False, include_url=False))).response()
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

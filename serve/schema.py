@@ -1,93 +1,131 @@
-"""What goes over the wire and on the command line: `ServeArgs`, the JSON bodies, and the filter language."""
+"""What goes over the wire: the bodies, forms and answers of every route, as OpenAPI describes them."""
 
-import json
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StrictInt, model_validator
 
-from audiomae.config import StrictConfig, nearest
-from serve.problems import Problem
-
-FILTER_HINT = 'expected {"column": value | {"in": [...]} | {"gte": x, "lt": y}}'
-
-
-class ServeArgs(StrictConfig):
-    """Arguments of `serve run serve.app:build KEY=VALUE ...` and of `args:` in `serve/config.yaml`."""
-
-    index: str = Field(min_length=1, description="directory or s3:// prefix that build_index.py wrote")
-    version: str = Field(default="latest", description="release to serve; `latest` follows INDEX/LATEST at start")
-    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 opens the service to the network")
-    port: int | None = Field(default=None, ge=1, le=65535, description="HTTP port, 8000 unless given")
-    device: str = Field(default="auto", description="where the encoder runs: auto, cpu, cuda")
-    dtype: str = Field(default="auto", description="precision of the encoder: auto, float32, bfloat16")
-    encoder_threads: int = Field(default=0, ge=0, description="torch threads of an encoder replica; 0 = all cores")
-    api_replicas: int = Field(default=1, ge=1)
-    encoder_replicas: int = Field(default=1, ge=1)
-    index_replicas: int = Field(default=1, ge=1)
-    max_batch_size: int = Field(default=16, ge=1, description="windows encoded together at most")
-    batch_wait_ms: float = Field(
-        default=0.0, ge=0, description="how long a window waits for company; 0 = batches form while the encoder is busy"
-    )
-    max_upload_mib: float = Field(default=32.0, gt=0, description="larger request bodies are refused (413)")
-    max_audio_s: float = Field(default=600.0, gt=0, description="longer uploads are refused (422)")
-    max_decode_s: float = Field(default=20.0, gt=0, description="decoding an upload may take this long")
-    decode_threads: int = Field(default=4, ge=1, description="uploads decoded at the same time in one API replica")
-    request_timeout_s: float = Field(default=30.0, gt=0, description="longest wait for the encoder or the index (504)")
-    max_k: int = Field(default=1000, ge=1, description="most hits per query")
-    max_vectors: int = Field(default=256, ge=1, description="most queries in one /search/vector call")
+MAX_TEXT = 2000
+MAX_ID = 2**63 - 1
+Seconds = Annotated[FiniteFloat, Field(ge=0, le=1e6)]
+Group = Literal["file", "none"]
+GroupField = Annotated[
+    Group, Field(description="`file`: one hit a file, its best, with `matches`; `none`: every window")
+]
+K = Annotated[StrictInt, Field(ge=1, description="hits wanted")]
 
 
-def check_filter(given: str | dict[str, Any] | None, columns: Sequence[str]) -> dict[str, Any] | None:
-    """Parse a filter and check its columns; the index checks the conditions against the columns' types.
-
-    Args:
-        given: a JSON text (from a form or a query string), an object (from a JSON body), or nothing.
-        columns: names that may be filtered on.
-
-    Returns:
-        The filter as plain Python values, `None` when there is none.
-
-    Raises:
-        Problem: 422 `bad_filter`, or 422 `unknown_column` naming the nearest column.
-    """
-    if given is None or given == "" or given == {}:
-        return None
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise Problem(422, "bad_filter", f"filter is not JSON ({error}); {FILTER_HINT}") from None
-    if not isinstance(given, dict):
-        raise Problem(422, "bad_filter", f"filter is a {type(given).__name__}; {FILTER_HINT}")
-    for column, condition in given.items():
-        if column not in columns and not (column == "any" and isinstance(condition, list)):
-            raise Problem(422, "unknown_column", f"filter: no column {column!r}{nearest(column, columns)}")
-    return given
+def _clip_id(value: Any) -> Any:
+    """A clip id: an integer, or its digits as text (JavaScript cannot hold 63 bits in a number)."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20 else value
 
 
-class VectorQuery(BaseModel):
-    """Body of POST /search/vector."""
+ClipId = Annotated[StrictInt, BeforeValidator(_clip_id), Field(ge=0, le=MAX_ID)]
+FilterObject = Annotated[
+    dict[str, Any] | None,
+    Field(description='for example {"label": "rain"} or {"take": {"gte": 2}}; see docs/serving.md'),
+]
+
+
+class Body(BaseModel):
+    """Base of what clients send: unknown members are errors."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Example(Body):
+    """One example of what is (not) wanted: an item (or a stretch of its file), a vector, or an upload by its name."""
+
+    id: ClipId | None = None
+    start_s: Seconds | None = Field(default=None, description="with `id`: only this stretch of the item's file")
+    end_s: Seconds | None = None
+    vector: list[FiniteFloat] | None = Field(default=None, min_length=1)
+    upload: str | None = Field(default=None, description="name of a further file field of the same form")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Example":
+        if sum(value is not None for value in (self.id, self.vector, self.upload)) != 1:
+            raise ValueError("give exactly one of id, vector, upload")
+        if self.id is None and (self.start_s is not None or self.end_s is not None):
+            raise ValueError("start_s and end_s of an example belong to an id")
+        check_region(self.start_s, self.end_s)
+        return self
+
+
+class Examples(Body):
+    """Several examples as one query: near the mean of the included, away from the mean of the excluded."""
+
+    include: list[Example] = Field(default=[], max_length=64)
+    exclude: list[Example] = Field(default=[], max_length=64)
+
+
+class VectorQuery(Body):
+    """Body of POST /search/vector. (Read without this model: a hundred vectors are 38,400 numbers.)"""
+
     vectors: list[list[FiniteFloat]] = Field(min_length=1, description="queries, each of the encoder's dimension")
-    k: int = Field(default=10, ge=1)
-    filter: dict[str, Any] | None = None
+    k: K = 10
+    filter: FilterObject = None
+    group: GroupField = "file"
 
 
-class TextQuery(BaseModel):
+class VectorOptions(Body):
+    """The members of `VectorQuery` beside the vectors."""
+
+    k: K = 10
+    filter: FilterObject = None
+    group: Group = "file"
+
+
+class TextQuery(Body):
     """Body of POST /search/text."""
 
-    model_config = ConfigDict(extra="forbid")
-    text: str = Field(min_length=1, max_length=2000)
-    k: int = Field(default=10, ge=1)
-    filter: dict[str, Any] | None = None
+    text: str = Field(min_length=1, max_length=MAX_TEXT)
+    k: K = 10
+    filter: FilterObject = None
+    group: GroupField = "file"
 
 
-class ReloadRequest(BaseModel):
+class ExamplesQuery(Body):
+    """Body of POST /search/examples."""
+
+    examples: Examples
+    text: str | None = Field(default=None, min_length=1, max_length=MAX_TEXT, description="words to combine with them")
+    k: K = 10
+    filter: FilterObject = None
+    group: GroupField = "file"
+    collapse: bool = Field(default=False, description="drop hits that are near-duplicates of a better one")
+
+
+class SearchForm(BaseModel):
+    """Fields of POST /search (multipart/form-data); `file`, `text` or `examples` must be there."""
+
+    file: bytes = Field(default=b"", description="any audio file; decoded by content, not by name")
+    k: int = Field(default=10, ge=1, description="hits wanted")
+    filter: str | None = Field(default=None, description='JSON, for example {"label": "rain"}')
+    mode: Literal["clip", "windows"] = Field(
+        default="clip", description="like all of the upload, or like any part of it (`matches` says which)"
+    )
+    group: GroupField = "file"
+    start_s: Seconds | None = Field(default=None, description="search only this stretch of the upload, from here")
+    end_s: Seconds | None = Field(default=None, description="... to here")
+    text: str | None = Field(default=None, min_length=1, max_length=MAX_TEXT, description="words to combine with it")
+    examples: str | None = Field(default=None, description="JSON of `Examples`: further sounds to include or exclude")
+    collapse: bool = Field(default=False, description="drop hits that are near-duplicates of a better one")
+
+    @model_validator(mode="after")
+    def _region(self) -> "SearchForm":
+        check_region(self.start_s, self.end_s)
+        return self
+
+
+def check_region(start_s: float | None, end_s: float | None) -> None:
+    """A stretch of time must have a length. Raises ValueError."""
+    if end_s is not None and end_s <= (start_s or 0.0):
+        raise ValueError(f"end_s is {end_s:g} and start_s {start_s or 0.0:g}: expected start_s < end_s")
+
+
+class ReloadRequest(Body):
     """Body of POST /admin/reload."""
 
-    model_config = ConfigDict(extra="forbid")
     version: str = Field(default="latest", min_length=1, max_length=200)
 
 
@@ -100,23 +138,50 @@ class Links(BaseModel):
     similar: str
 
 
-class Hit(BaseModel):
-    """One item of the index and how near it is."""
+class Span(BaseModel):
+    """A stretch of a file that matches: windows that touch, joined."""
+
+    start_s: float
+    end_s: float
+    score: float = Field(description="of its best window")
+    query_start_s: float | None = Field(default=None, description="mode=windows: the stretch of the query it is like")
+    query_end_s: float | None = None
+
+
+class Matches(BaseModel):
+    """Which windows of a hit's file are at least as near as the last of the hits."""
+
+    windows: int = Field(description="how many")
+    spans: list[Span] = Field(description="where, best first")
+
+
+class Item(BaseModel):
+    """One row of the items table."""
 
     id: int = Field(description="63-bit clip id; parse it as an integer, never as a double")
     uri: str
     start_s: float
     end_s: float
-    score: float = Field(description="cosine similarity, 1 = same direction")
     item: dict[str, Any] = Field(description="the item's other columns")
     links: Links
+
+
+class Hit(Item):
+    """One item of the index and how near it is."""
+
+    score: float = Field(description="cosine similarity, 1 = same direction")
+    probability: float | None = Field(
+        default=None, description="that it is of the query's kind, calibrated on held-out clips; null: not calibrated"
+    )
+    matches: Matches | None = Field(default=None, description="with group=file")
     query_start_s: float | None = Field(default=None, description="mode=windows: where in the query the match lies")
     query_end_s: float | None = None
 
 
 class Timing(BaseModel):
-    """Where the time went, in milliseconds."""
+    """Where the time went, in milliseconds; `queue` (waiting for a place) is in the log and the metrics only."""
 
+    queue: float = Field(default=0.0, exclude=True)
     decode: float = 0.0
     encode: float = 0.0
     search: float = 0.0
@@ -129,6 +194,8 @@ class SearchResponse(BaseModel):
     release: str
     results: list[Hit]
     timing_ms: Timing
+    partial: bool = Field(default=False, description="a part of the index did not answer; `missing` names it")
+    missing: list[str] = []
 
 
 class VectorSearchResponse(BaseModel):
@@ -137,6 +204,8 @@ class VectorSearchResponse(BaseModel):
     release: str
     results: list[list[Hit]]
     timing_ms: Timing
+    partial: bool = False
+    missing: list[str] = []
 
 
 class Embedding(BaseModel):
@@ -157,16 +226,52 @@ class EmbedResponse(BaseModel):
     timing_ms: Timing
 
 
-class ItemResponse(BaseModel):
-    """One row of the items table."""
+class ItemResponse(Item):
+    """One row of the items table and the release it is of."""
 
     release: str
-    id: int
-    uri: str
-    start_s: float
-    end_s: float
-    item: dict[str, Any]
-    links: Links
+
+
+class ItemsResponse(BaseModel):
+    """A page of items."""
+
+    release: str
+    total: int = Field(description="items that the filter lets through")
+    items: list[Item]
+
+
+class ExamplesResponse(BaseModel):
+    """Six items of the index to listen to and to search with, as different from each other as their columns say."""
+
+    release: str
+    items: list[Item]
+
+
+class FacetValue(BaseModel):
+    """A value of a column and how many items have it."""
+
+    value: Any
+    count: int
+
+
+class Facet(BaseModel):
+    """What a column holds."""
+
+    column: str
+    type: Literal["text", "number", "boolean", "time"]
+    distinct: int = Field(description="different values, null not counted")
+    nulls: int
+    values: list[FacetValue] = Field(description="the commonest, commonest first")
+    min: Any = None
+    max: Any = None
+
+
+class FacetsResponse(BaseModel):
+    """Counts of the items' columns."""
+
+    release: str
+    total: int
+    facets: list[Facet]
 
 
 class ReleaseInfo(BaseModel):
@@ -174,7 +279,9 @@ class ReleaseInfo(BaseModel):
 
     version: str
     fingerprint: str
-    rows: int
+    rows: int = Field(description="windows that can be found")
+    sounds: int = Field(description="files they are of")
+    hours: float = Field(description="of sound")
     dim: int
     columns: list[str]
     sample_rate: int
@@ -182,6 +289,8 @@ class ReleaseInfo(BaseModel):
     text: bool
     text_reason: str | None
     device: str
+    precision: str | None = Field(default=None, description="of the encoder that made the vectors, where recorded")
+    calibrated: bool = Field(default=False, description="whether hits come with a `probability`")
 
 
 class Health(BaseModel):
@@ -189,3 +298,14 @@ class Health(BaseModel):
 
     status: Literal["ok", "ready"]
     release: str | None = None
+
+
+class ProblemBody(BaseModel):
+    """An error (RFC 9457). Branch on `code`, which never changes; `detail` is for people."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str

@@ -1,30 +1,38 @@
-"""What a request does, without HTTP: decode, encode, search, in that order, by way of two deployment handles."""
+"""What a request does, without HTTP: decode, encode, search, in that order, each in its lane."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from audiomae.corpus.decode import Window
 from audiomae.errors import FilterError, IntegrityError, UserError
-from serve import audio
+from audiomae.search.audio_index import AudioIndex
+from serve import audio, media
+from serve.admission import Lane
+from serve.answers import collapse, merge_windows, rankings
+from serve.arguments import ServeArgs
+from serve.catalogue import Catalogue
+from serve.encoder import BatchingEncoder
 from serve.problems import Problem
-from serve.records import EncoderInfo, IndexInfo, Ranked
-from serve.schema import ServeArgs, Timing, check_filter
-from serve.versions import SharedVersion
+from serve.queries import WHOLE, Answer, Embedded, EncoderInfo, Region, Wanted, check_filter, check_vectors, unit
+from serve.schema import Timing
+from serve.versions import SharedVersion, VersionCache
 
 T = TypeVar("T")
 ATTEMPTS = 3
 RECHECK_S = 1.0
 READY_S = 5.0
 RELOAD_S = 900.0
+AWAY = 0.5  # how far the excluded examples push a query away from their mean
+HEAVY_HITS = 1_000  # an answer of more hits than this goes the lane of the heavy ones
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,36 @@ class Serving:
 
     version: str
     encoder: EncoderInfo
-    index: IndexInfo
+    catalogue: Catalogue
 
     @property
     def window_s(self) -> float:
         """Seconds of a query window: that of the indexed corpus, so that like is compared with like."""
-        return self.index.window_s or self.encoder.window_s
+        return self.catalogue.window_s or self.encoder.window_s
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound to search with: the bytes of an upload, or an item of the index; and the stretch of it that counts."""
+
+    data: bytes = b""
+    clip: int | None = None
+    region: Region = WHOLE
+
+
+@dataclass
+class Mixed:
+    """Several sounds, vectors and words as one query."""
+
+    include: list[Sound | np.ndarray] = field(default_factory=list)
+    exclude: list[Sound | np.ndarray] = field(default_factory=list)
+    text: str | None = None
+
+    @property
+    def clips(self) -> set[int]:
+        """Ids of the items that are examples: they are no hits."""
+        sounds = (sound for sound in (*self.include, *self.exclude) if isinstance(sound, Sound))
+        return {sound.clip for sound in sounds if sound.clip is not None}
 
 
 class SearchService:
@@ -47,169 +79,301 @@ class SearchService:
     Args:
         args: the service's arguments.
         encoder: handle of `serve.encoder.Encoder`.
-        index: handle of `serve.index.Index`.
         shared: the version that all replicas have agreed on.
+        local: whether short queries are encoded in this process.
     """
 
-    def __init__(
-        self, args: ServeArgs, encoder: DeploymentHandle, index: DeploymentHandle, shared: SharedVersion
-    ) -> None:
-        self.args, self._encoder, self._index, self._shared = args, encoder, index, shared
-        self._decoders = ThreadPoolExecutor(args.decode_threads, thread_name_prefix="decode")
+    def __init__(self, args: ServeArgs, encoder: DeploymentHandle, shared: SharedVersion, local: bool = True) -> None:
+        self.args, self._remote, self._shared = args, encoder, shared
+        self._local = BatchingEncoder(args) if local else None
+        self._catalogues: VersionCache[Catalogue] = VersionCache(self._open)
+        short_places = 2 * args.max_batch_size
+        self.lanes = {
+            "short": Lane("short upload", short_places, args.max_wait_s, min_queue=64, unit_s=0.02),
+            "long": Lane("long upload", 8, 20 * args.max_wait_s, min_queue=8, unit_s=0.05),
+            "light": Lane("search", 8, args.max_wait_s, min_queue=64, unit_s=0.001),
+            "heavy": Lane("large search", 1, 10 * args.max_wait_s, min_queue=2, unit_s=0.0001),
+            "media": Lane("item", 2, 5 * args.max_wait_s, min_queue=64, unit_s=0.02),
+        }
+        self._threads = {
+            name: ThreadPoolExecutor(lane.places, thread_name_prefix=name) for name, lane in self.lanes.items()
+        }
         self._serving: Serving | None = None
         self._checked_at = 0.0
         self._switching = asyncio.Lock()
+
+    # --- which release ----------------------------------------------------------------------------------------------
+
+    def open(self, version: str) -> None:
+        """Open a release before the first request; blocks."""
+        catalogue = self._catalogues.get(version)
+        if self._local is not None:
+            self._serving = joined(version, self._local.load(version), catalogue)
 
     async def serving(self) -> Serving:
         """The release to answer from. The shared choice is looked at again when the last look is over a second old."""
         now = time.monotonic()
         if self._serving is None or now - self._checked_at > RECHECK_S:
-            version = await asyncio.to_thread(self._shared.get)
             self._checked_at = now
+            version = await asyncio.to_thread(self._shared.get)
             if self._serving is None or self._serving.version != version:
                 async with self._switching:
                     if self._serving is None or self._serving.version != version:
-                        self._serving = await self._describe(version)
+                        self._serving = await self.describe(version)
         return self._serving
 
     async def check(self) -> Serving:
-        """The serving release, after a replica of each deployment has answered for it.
+        """The serving release, after the encoder has answered for it.
 
         Raises:
-            Problem: 503 `not_ready` when one has not within five seconds.
+            Problem: 503 `not_ready` when it has not within five seconds.
         """
         try:
             async with asyncio.timeout(READY_S):
                 serving = await self.serving()
-                await self._describe(serving.version)
+                await self._call(self._remote.load, serving.version)
                 return serving
         except TimeoutError:
-            raise Problem(503, "not_ready", f"encoder or index gave no sign within {READY_S:g} s") from None
+            headers = {"Retry-After": "1"}
+            raise Problem(503, "not_ready", f"encoder gave no sign within {READY_S:g} s", headers=headers) from None
 
-    async def search_audio(
-        self, data: bytes, k: int, filter: str | None, by_window: bool
-    ) -> tuple[Serving, list[Ranked], list[Window], Timing]:
-        """Hits for an upload: of the whole clip, or (`by_window`) the best match of each item to any of its windows."""
-        serving = await self.serving()
-        checked = self._checked(serving, k, filter)
-        timing = Timing()
-        windows, vectors = await self._embed(serving, data, timing)
-        queries = vectors if by_window else audio.clip_vector(vectors)[None]
-        rankings = await self._timed(timing, "search", self._search(serving, queries, k, checked))
-        return serving, merge_rankings(rankings)[:k], windows, timing
+    async def describe(self, version: str) -> Serving:
+        """Release `version`, opened and checked in this process and in an encoder replica."""
+        catalogue, encoder = await asyncio.gather(
+            asyncio.to_thread(self._catalogues.get, version),
+            asyncio.to_thread(self._local.load, version) if self._local else self._call(self._remote.load, version),
+        )
+        return joined(version, encoder, catalogue)
 
-    async def search_vectors(
-        self, vectors: Sequence[Sequence[float]], k: int, filter: dict[str, Any] | None
-    ) -> tuple[Serving, list[list[Ranked]], Timing]:
-        """Hits for each of the given vectors, which are scaled to unit length first."""
-        serving = await self.serving()
-        checked = self._checked(serving, k, filter)
-        queries = check_vectors(vectors, serving.index.dim, self.args.max_vectors)
-        timing = Timing()
-        rankings = await self._timed(timing, "search", self._search(serving, queries, k, checked))
-        return serving, rankings, timing
+    async def reload(self, concrete: str, siblings: Callable[[str], Awaitable[Any]]) -> Serving:
+        """Swap to release `concrete` once every replica has opened and checked it; the old one serves until then.
 
-    async def search_text(
-        self, text: str, k: int, filter: dict[str, Any] | None
-    ) -> tuple[Serving, list[Ranked], Timing]:
-        """Hits for a description in words, where the encoder has a text tower."""
-        serving = await self.serving()
-        if serving.encoder.text_reason is not None:
-            detail = f"release {serving.version} cannot be searched by text: {serving.encoder.text_reason}"
-            raise Problem(501, "no_text_tower", detail)
-        checked = self._checked(serving, k, filter)
-        timing = Timing()
-        encoding = self._call(self._encoder.encode_text, serving.version, [text])
-        vectors = await self._timed(timing, "encode", encoding)
-        rankings = await self._timed(timing, "search", self._search(serving, vectors, k, checked))
-        return serving, rankings[0], timing
-
-    async def search_similar(self, clip: int, k: int, filter: str | None) -> tuple[Serving, list[Ranked], Timing]:
-        """Hits for an item of the index, itself excluded."""
-        serving = await self.serving()
-        checked = self._checked(serving, k, filter)
-        timing = Timing()
-        call = self._call(self._index.similar, serving.version, clip, k, checked)
-        ranked = await self._timed(timing, "search", call)
-        if ranked is None:
-            raise unknown_id(clip, serving)
-        return serving, ranked, timing
-
-    async def embed(self, data: bytes) -> tuple[Serving, np.ndarray, list[Window], Timing]:
-        """Unit vectors float32[W, dim] of an upload's windows."""
-        serving = await self.serving()
-        timing = Timing()
-        windows, vectors = await self._embed(serving, data, timing)
-        return serving, vectors, windows, timing
-
-    async def item(self, clip: int) -> tuple[Serving, dict[str, Any], str]:
-        """The row of item `clip` and the root of the corpus that its `uri` is relative to."""
-        serving = await self.serving()
-        found = await self._call(self._index.item, serving.version, clip)
-        if found is None:
-            raise unknown_id(clip, serving)
-        return serving, *found
-
-    async def in_decode_thread(self, function: Callable[..., T], *args: Any) -> T:
-        """Run blocking work on an upload or an item off the event loop, at most `decode_threads` at a time."""
-        work = asyncio.get_running_loop().run_in_executor(self._decoders, function, *args)
-        return await self._bounded(work, self.args.max_decode_s + self.args.request_timeout_s, "decoding")
-
-    async def reload(self, version: str) -> Serving:
-        """Swap to release `version` once every replica has opened and checked it; the old one serves until then.
+        Args:
+            concrete: the version.
+            siblings: makes every API replica open a version.
 
         Raises:
             Problem: 404 `unknown_release` or 409 `release_refused`; what was being served goes on being served.
         """
         try:
-            concrete = await self._call(self._index.resolve, version)
-            indexes, encoders = await asyncio.gather(
-                self._index.broadcast("load", concrete).results_async(timeout_s=RELOAD_S),
-                self._encoder.broadcast("load", concrete).results_async(timeout_s=RELOAD_S),
+            await asyncio.gather(
+                siblings(concrete),
+                self._remote.broadcast("load", concrete).results_async(timeout_s=RELOAD_S),
             )
-            serving = joined(concrete, encoders[0], indexes[0])
-        except TimeoutError as error:
-            raise Problem(504, "timeout", f"not every replica opened the release within {RELOAD_S:g} s") from error
-        except UserError as error:
-            raise Problem(404, "unknown_release", reason(error)) from error
-        except IntegrityError as error:
-            raise Problem(409, "release_refused", reason(error)) from error
+            serving = await self.describe(concrete)
+        except Exception as error:
+            raise refusal(error) from error
         await asyncio.to_thread(self._shared.set, concrete)
         async with self._switching:
             self._serving = serving
         return serving
 
-    async def _describe(self, version: str) -> Serving:
-        index, encoder = await asyncio.gather(
-            self._call(self._index.load, version), self._call(self._encoder.load, version)
-        )
-        return joined(version, encoder, index)
+    # --- searches ---------------------------------------------------------------------------------------------------
 
-    def _checked(self, serving: Serving, k: int, filter: str | dict[str, Any] | None) -> dict[str, Any] | None:
-        if not 1 <= k <= self.args.max_k:
-            raise Problem(422, "bad_k", f"k is {k}; expected 1 to {self.args.max_k}")
-        return check_filter(filter, serving.index.columns)
+    async def search_sound(self, sound: Sound, wanted: Wanted, by_window: bool = False) -> Answer:
+        """Hits for a sound: like all of it, or (`by_window`) like any of its windows."""
+        serving = await self.serving()
+        checked = self._checked(serving, wanted)
+        embedded = await self._embed(serving, sound)
+        without = set() if sound.clip is None else {sound.clip}
+        queries = embedded.vectors if by_window else audio.clip_vector(embedded.vectors)[None]
+        answer = await self._find(serving, queries, wanted, checked, without, embedded.timing)
+        if by_window:
+            answer.results = [merge_windows(answer.results, embedded.spans, wanted.k)]
+        return answer
 
-    async def _embed(self, serving: Serving, data: bytes, timing: Timing) -> tuple[list[Window], np.ndarray]:
-        rate, window_s = serving.encoder.sample_rate, serving.window_s
-        decoding = self.in_decode_thread(audio.decode_query, data, rate, window_s, self.args)
-        windows = await self._timed(timing, "decode", decoding)
+    async def search_vectors(self, vectors: Any, wanted: Wanted) -> Answer:
+        """Hits for each of the given vectors (lists of numbers), which are scaled to unit length first."""
+        serving = await self.serving()
+        checked = self._checked(serving, wanted)
+        queries = check_vectors(vectors, serving.catalogue.dim, self.args.max_vectors)
+        return await self._find(serving, queries, wanted, checked)
+
+    async def search_mixed(self, mixed: Mixed, wanted: Wanted) -> Answer:
+        """Hits near the mean of the included examples (and words), away from the mean of the excluded ones."""
+        serving = await self.serving()
+        checked = self._checked(serving, wanted)
+        timing = Timing()
+        include = [await self._vector_of(serving, example, timing) for example in mixed.include]
+        exclude = [await self._vector_of(serving, example, timing) for example in mixed.exclude]
+        if mixed.text is not None:
+            include.append(await self._text_vector(serving, mixed.text, timing))
+        if not include and not exclude:
+            raise Problem(422, "invalid_request", "nothing to search with: give a file, text or examples")
+        query = np.zeros(serving.catalogue.dim) if not include else np.mean(include, axis=0)
+        if exclude:
+            query = query - (AWAY if include else 1.0) * np.mean(exclude, axis=0)
+        return await self._find(serving, unit(query[None]), wanted, checked, mixed.clips, timing)
+
+    async def search_similar(self, clip: int, wanted: Wanted) -> Answer:
+        """Hits for an item of the index; itself, and with files as hits its file, excluded."""
+        serving = await self.serving()
+        checked = self._checked(serving, wanted)
+        query = await self._stored(serving, clip)
+        return await self._find(serving, query[None], wanted, checked, {clip})
+
+    async def embed(self, data: bytes, region: Region) -> tuple[Serving, Embedded]:
+        """Unit vectors of an upload's windows."""
+        serving = await self.serving()
+        return serving, await self._embed(serving, Sound(data, region=region))
+
+    async def item(self, clip: int) -> tuple[Serving, dict[str, Any]]:
+        """The row of item `clip`."""
+        serving = await self.serving()
+        row = await self.in_lane("light", 1, serving.catalogue.item, clip)
+        if row is None:
+            raise unknown_id(clip, serving.version)
+        return serving, row
+
+    async def filtered(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a search of the items table, in its lane; 422 `bad_filter` when the filter does not fit it."""
+        try:
+            return await self.in_lane("light", 1, function, *args)
+        except FilterError as error:
+            raise Problem(422, "bad_filter", str(error)) from error
+
+    async def in_lane(self, lane: str, cost: float, function: Callable[..., T], *args: Any) -> T:
+        """Run blocking work off the event loop, in its lane and within the time that a request has."""
+        deadline = time.monotonic() + self.args.request_timeout_s
+        async with self.lanes[lane].place(cost, deadline):
+            work = asyncio.get_running_loop().run_in_executor(self._threads[lane], function, *args)
+            return await self._bounded(work, deadline - time.monotonic(), lane)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _open(self, version: str) -> Catalogue:
+        return Catalogue(AudioIndex.open(self.args.index, version=version))
+
+    def _checked(self, serving: Serving, wanted: Wanted) -> dict[str, Any] | None:
+        if not 1 <= wanted.k <= self.args.max_k:
+            raise Problem(422, "bad_k", f"k is {wanted.k}; expected 1 to {self.args.max_k}")
+        return check_filter(wanted.filter, serving.catalogue.columns)
+
+    async def _find(
+        self,
+        serving: Serving,
+        queries: np.ndarray,
+        wanted: Wanted,
+        filter: dict[str, Any] | None,
+        without: set[int] = frozenset(),  # type: ignore[assignment]
+        timing: Timing | None = None,
+    ) -> Answer:
+        timing = timing or Timing()
+        hits = len(queries) * wanted.k
+        if hits > self.args.max_hits:
+            detail = (
+                f"{len(queries)} queries x k={wanted.k} are {hits:,} hits; at most {self.args.max_hits:,} in one answer"
+            )
+            raise Problem(422, "too_many_hits", detail)
+        lane = "light" if hits <= HEAVY_HITS else "heavy"
+        began = time.perf_counter()
+        work = self.in_lane(lane, hits, find, serving.catalogue, queries, wanted, filter, without)
+        try:
+            results, spent = await work
+        except FilterError as error:
+            raise Problem(422, "bad_filter", str(error)) from error
+        timing.search += spent
+        timing.queue += max(0.0, milliseconds(began) - spent)
+        return Answer(serving.version, results, timing)
+
+    async def _stored(self, serving: Serving, clip: int) -> np.ndarray:
+        def vector() -> np.ndarray | None:
+            try:
+                return serving.catalogue.index.vector(clip)
+            except KeyError:
+                return None
+
+        found = await self.in_lane("light", 1, vector)
+        if found is None:
+            raise unknown_id(clip, serving.version)
+        return found
+
+    async def _vector_of(self, serving: Serving, example: Sound | np.ndarray, timing: Timing) -> np.ndarray:
+        if isinstance(example, np.ndarray):
+            return check_vectors([example.tolist()], serving.catalogue.dim, 1)[0]
+        if example.clip is not None and not example.region:
+            return await self._stored(serving, example.clip)
+        embedded = await self._embed(serving, example, timing)
+        return audio.clip_vector(embedded.vectors)
+
+    async def _text_vector(self, serving: Serving, text: str, timing: Timing) -> np.ndarray:
+        if serving.encoder.text_reason is not None:
+            detail = f"release {serving.version} cannot be searched by text: {serving.encoder.text_reason}"
+            raise Problem(501, "no_text_tower", detail)
+        began = time.perf_counter()
+        if self._local is not None:
+            vectors = await self.in_lane("short", 1, self._local.encode_text, serving.version, [text])
+        else:
+            vectors = await self._call(self._remote.encode_text, serving.version, [text])
+        timing.encode += milliseconds(began)
+        return vectors[0]
+
+    async def _embed(self, serving: Serving, sound: Sound, timing: Timing | None = None) -> Embedded:
+        timing = timing or Timing()
+        source, region = await self._source(serving, sound)
+        began = time.perf_counter()
+        short = await self.in_lane("short", 1, self._embed_short, serving, source, region, timing)
+        if isinstance(short, Embedded):
+            timing.queue += max(0.0, milliseconds(began) - timing.decode - timing.encode)
+            return short
+        if short is not None:
+            began = time.perf_counter()
+            vectors = await self._call(self._remote.encode, serving.version, [window.samples for window in short])
+            timing.encode += milliseconds(began)
+            return Embedded(vectors, [(window.start_s, window.end_s) for window in short], timing)
+        if not isinstance(source, bytes):
+            raise Problem(
+                422, "region_too_long", f"a stretch of an item may last {self.args.short_audio_s:g} s at most"
+            )
+        cost = max(1.0, len(source) / 2**20)
+        began = time.perf_counter()
+        deadline = time.monotonic() + 4 * self.args.request_timeout_s
+        async with self.lanes["long"].place(cost, deadline):
+            call = self._remote.embed_upload
+            spans, vectors = await self._call(call, serving.version, source, serving.window_s, region)
+        timing.encode += milliseconds(began)
+        return Embedded(vectors, spans, timing)
+
+    async def _source(self, serving: Serving, sound: Sound) -> tuple[Any, Region]:
+        if sound.clip is None:
+            return sound.data, sound.region
+        row = await self.in_lane("light", 1, serving.catalogue.item, sound.clip)
+        if row is None:
+            raise unknown_id(sound.clip, serving.version)
+        root = serving.catalogue.index.corpus_root(row)
+        source = await self.in_lane("media", 1, media.find, root, row)
+        return source, sound.region or Region(row["start_s"], row["end_s"])
+
+    def _embed_short(
+        self, serving: Serving, source: Any, region: Region, timing: Timing
+    ) -> Embedded | list[Window] | None:
+        """Vectors of a short sound; its windows where another process encodes; `None` for a long one."""
+        began = time.perf_counter()
+        windows: list[Window] = []
+        for window in audio.decode_query(source, serving.encoder.sample_rate, serving.window_s, self.args, region):
+            windows.append(window)
+            if window.end_s - windows[0].start_s > max(self.args.short_audio_s, serving.window_s):
+                return None
+        timing.decode += milliseconds(began)
+        if self._local is None:
+            return windows
+        began = time.perf_counter()
         samples = [window.samples for window in windows]
-        encoding = self._call(self._encoder.encode, serving.version, samples)
-        return windows, await self._timed(timing, "encode", encoding)
-
-    async def _search(
-        self, serving: Serving, queries: np.ndarray, k: int, filter: dict[str, Any] | None
-    ) -> list[list[Ranked]]:
-        return await self._call(self._index.search, serving.version, queries, k, filter)
+        try:
+            vectors = self._local.encode(serving.version, samples, self.args.request_timeout_s)
+        except TimeoutError:
+            raise timed_out("the encoder", self.args.request_timeout_s) from None
+        timing.encode += milliseconds(began)
+        return Embedded(vectors, [(window.start_s, window.end_s) for window in windows], timing)
 
     async def _call(self, method: Any, *args: Any) -> Any:
-        """Call a deployment; a replica that died under the call is replaced by another one, twice."""
+        """Call the encoder deployment; a replica that died under the call is replaced by another one, twice."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return await self._bounded(method.remote(*args), self.args.request_timeout_s, "the model or the index")
-            except FilterError as error:
-                raise Problem(422, "bad_filter", reason(error)) from error
+                return await self._bounded(method.remote(*args), 4 * self.args.request_timeout_s, "the encoder")
+            except RayTaskError as error:
+                cause = getattr(error, "cause", None)
+                raise cause if isinstance(cause, Problem | IntegrityError | UserError) else error from None
             except (ActorDiedError, ActorUnavailableError) as error:
                 if attempt == ATTEMPTS:
                     raise try_again("replica_lost", error) from error
@@ -220,49 +384,38 @@ class SearchService:
         try:
             return await asyncio.wait_for(work, seconds)
         except TimeoutError:
-            raise Problem(504, "timeout", f"no answer from {what} within {seconds:g} s") from None
-
-    async def _timed(self, timing: Timing, part: str, work: Awaitable[T]) -> T:
-        started = time.perf_counter()
-        try:
-            return await work
-        finally:
-            setattr(timing, part, round((time.perf_counter() - started) * 1000, 3))
+            raise timed_out(what, seconds) from None
 
 
-def joined(version: str, encoder: EncoderInfo, index: IndexInfo) -> Serving:
+def find(
+    catalogue: Catalogue, queries: np.ndarray, wanted: Wanted, filter: dict[str, Any] | None, without: set[int]
+) -> tuple[list[list[dict[str, Any]]], float]:
+    """Hits of each query as JSON-ready dicts, and the milliseconds it took. In a thread: nothing here awaits."""
+    began = time.perf_counter()
+    by_file = wanted.group == "file"
+    extra = len(without) + (wanted.k if wanted.collapse else 0)
+    hits = catalogue.search(queries, min(wanted.k + extra, max(1, catalogue.rows)), filter, by_file)
+    results = rankings(hits, by_file)
+    if without:
+        files = {row["uri"] for row in map(catalogue.item, without) if row is not None} if by_file else set()
+        results = [[hit for hit in hits if hit["id"] not in without and hit["uri"] not in files] for hits in results]
+    if wanted.collapse:
+        results = [collapse(ranking, catalogue.index.vector) for ranking in results]
+    return [ranking[: wanted.k] for ranking in results], milliseconds(began)
+
+
+def joined(version: str, encoder: EncoderInfo, catalogue: Catalogue) -> Serving:
     """Encoder and index of one release; they never meet when their fingerprints differ."""
-    if encoder.fingerprint != index.fingerprint:
+    if encoder.fingerprint != catalogue.fingerprint:
         raise IntegrityError(
-            f"release {version}: encoder fingerprint {encoder.fingerprint} is not the index's {index.fingerprint}"
+            f"release {version}: encoder fingerprint {encoder.fingerprint} is not the index's {catalogue.fingerprint}"
         )
-    return Serving(version, encoder, index)
+    return Serving(version, encoder, catalogue)
 
 
-def check_vectors(vectors: Sequence[Sequence[float]], dim: int, limit: int) -> np.ndarray:
-    """Query vectors as unit float32[Q, dim]; 422 when they are too many, of another length, or zero."""
-    if len(vectors) > limit:
-        raise Problem(422, "too_many_vectors", f"{len(vectors)} vectors; at most {limit} in one call")
-    for row, vector in enumerate(vectors):
-        if len(vector) != dim:
-            detail = f"vectors[{row}] has {len(vector)} numbers; this index needs {dim}"
-            raise Problem(422, "vector_dim_mismatch", detail, expected=dim, got=len(vector))
-    queries = np.asarray(vectors, np.float64)
-    peaks = np.abs(queries).max(axis=1, keepdims=True)
-    if not peaks.all():
-        detail = f"vectors[{int(np.argmin(peaks[:, 0]))}] is all zeros and has no direction"
-        raise Problem(422, "zero_vector", detail)
-    queries /= peaks  # so that no square overflows or vanishes
-    return (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
-
-
-def merge_rankings(rankings: list[list[Ranked]]) -> list[Ranked]:
-    """One ranking of several queries' hits: each item once, with its best score and the query that gave it."""
-    best: dict[int, Ranked] = {}
-    for hit in (hit for ranking in rankings for hit in ranking):
-        if hit.row["id"] not in best or hit.score > best[hit.row["id"]].score:
-            best[hit.row["id"]] = hit
-    return sorted(best.values(), key=lambda hit: (-hit.score, hit.row["id"]))
+def milliseconds(began: float) -> float:
+    """Since `began`, of `time.perf_counter()`."""
+    return (time.perf_counter() - began) * 1000
 
 
 def try_again(code: str, error: BaseException) -> Problem:
@@ -270,11 +423,28 @@ def try_again(code: str, error: BaseException) -> Problem:
     return Problem(503, code, f"{reason(error)}; try again", headers={"Retry-After": "1"})
 
 
+def refusal(error: BaseException) -> BaseException:
+    """Why a release is not swapped to, as an answer; what is none of these goes on as it is."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, TimeoutError):
+        return Problem(504, "timeout", f"not every replica opened the release within {RELOAD_S:g} s")
+    if isinstance(cause, UserError):
+        return Problem(404, "unknown_release", str(cause))
+    if isinstance(cause, IntegrityError):
+        return Problem(409, "release_refused", str(cause))
+    return error
+
+
+def timed_out(what: str, seconds: float) -> Problem:
+    """504 for what did not come in time."""
+    return Problem(504, "timeout", f"no answer from {what} within {seconds:g} s", headers={"Retry-After": "5"})
+
+
 def reason(error: BaseException) -> str:
     """The message of an error, without the remote traceback that Ray adds to one from another process."""
     return str(getattr(error, "cause", None) or error)
 
 
-def unknown_id(clip: int, serving: Serving) -> Problem:
+def unknown_id(clip: int, version: str) -> Problem:
     """404 for an id that the serving release does not hold."""
-    return Problem(404, "unknown_id", f"no item {clip} in release {serving.version}")
+    return Problem(404, "unknown_id", f"no item {clip} in release {version}")

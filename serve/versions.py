@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from ray.experimental import internal_kv
 
+from audiomae import storage
 from audiomae.artifacts import releases as releases
 from audiomae.errors import IntegrityError
 
@@ -40,11 +41,19 @@ class VersionCache(Generic[T]):
 class SharedVersion:
     """The version chosen by the last reload, in the cluster's key-value store.
 
-    It outlives every replica, so one that starts later (autoscaling, a crash) serves what its siblings serve.
+    It outlives every replica, so one that starts later (autoscaling, a crash, a deployment of a changed config) serves
+    what its siblings serve. The choice holds for one index and one configured version: who deploys another of either
+    means that one.
+
+    Args:
+        index: where the releases are.
+        configured: the version in the arguments, a name or "latest".
+        initial: what `configured` means when the application is built.
     """
 
-    def __init__(self, deployment_id: str, initial: str) -> None:
-        self._key, self._initial = f"audiomae-serve-version/{deployment_id}", initial
+    def __init__(self, index: str, configured: str, initial: str) -> None:
+        self._key = f"audiomae-serve-version/{storage.sha256_bytes(f'{index} {configured}'.encode())}"
+        self._initial = initial
 
     def get(self) -> str:
         """The version to serve now."""
@@ -54,6 +63,10 @@ class SharedVersion:
     def set(self, version: str) -> None:
         """Choose `version` for all replicas."""
         internal_kv._internal_kv_put(self._key, version.encode(), overwrite=True)
+
+    def forget(self) -> None:
+        """Go back to what the arguments say."""
+        internal_kv._internal_kv_del(self._key)
 
 
 def mismatch(release: releases.Release, fingerprint: str) -> IntegrityError:

@@ -10,7 +10,7 @@ import numpy as np
 
 from audiomae.artifacts import releases
 from audiomae.errors import FilterError, IntegrityError
-from audiomae.search.hits import Hits, best_per_group
+from audiomae.search.hits import Hits, Members, best_per_group
 from audiomae.search.index import DELETED_FILE, IDS_FILE, Searcher, Selection
 from audiomae.search.items import Items
 from audiomae.search.spec import IndexSpec
@@ -151,6 +151,10 @@ class AudioIndex:
         """The stored vector of a clip, float32[D]. Raises KeyError when no clip has this id."""
         return self._searcher.rows[self._row(id)].astype(np.float32)
 
+    def live_rows(self) -> np.ndarray | None:
+        """Which rows of the items table can be found, bool[N]; None when none is deleted."""
+        return self._live
+
     def corpus_root(self, item: Mapping[str, Any]) -> str:
         """The folder or bucket prefix that the item's `uri` is relative to."""
         return str(self.release.info["corpora"][item["corpus"]]["root"])
@@ -196,8 +200,8 @@ class AudioIndex:
                 chosen = Selection.of(~excluded if selection is None else ~excluded & selection.mask(len(groups)))
             return self._searcher.search(queries, count, chosen)
 
-        scores, rows, windows = best_per_group(find, queries, k, groups, without)
-        return self._hits(scores, rows, windows)
+        scores, rows, members = best_per_group(find, queries, k, groups, without)
+        return self._hits(scores, rows, members)
 
     def _check_queries(self, vectors: np.ndarray, k: int) -> np.ndarray:
         queries = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
@@ -212,7 +216,7 @@ class AudioIndex:
             raise ValueError("a query vector is zero or has NaN or infinity in it; expected a finite direction")
         return np.ascontiguousarray(queries / norms)
 
-    def _hits(self, scores: np.ndarray, rows: np.ndarray, windows: np.ndarray | None = None) -> Hits:
+    def _hits(self, scores: np.ndarray, rows: np.ndarray, members: list[list[Members]] | None = None) -> Hits:
         ids = self._ids[rows]
         ids[rows < 0] = -1
-        return Hits(np.asarray(ids), scores, rows, self.table, windows)
+        return Hits(np.asarray(ids), scores, rows, self.table, members)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,13 @@ from audiomae.search.items import Items
 
 FIRST_FETCH = 4  # rows looked at per group wanted, before looking again for more groups
 Find = Callable[[np.ndarray, int, "np.ndarray | None"], tuple[np.ndarray, np.ndarray]]
+
+
+class Members(NamedTuple):
+    """Rows of one group, int64[n], and how near they are, float32[n], best first."""
+
+    rows: np.ndarray
+    scores: np.ndarray
 
 
 class Hits:
@@ -22,13 +29,35 @@ class Hits:
         rows: int64[Q, k], the rows of the items table; -1 where there are fewer than k.
         windows: int64[Q, k] of a search with `group_by`, else None: how many rows of the hit's group match at least as
             well as the last of the k hits does (all that can be found, when there are fewer than k groups).
+        members: those rows, with `group_by`, else None.
     """
 
     def __init__(
-        self, ids: np.ndarray, scores: np.ndarray, rows: np.ndarray, table: Items, windows: np.ndarray | None = None
+        self,
+        ids: np.ndarray,
+        scores: np.ndarray,
+        rows: np.ndarray,
+        table: Items,
+        members: "list[list[Members]] | None" = None,
     ) -> None:
-        self.ids, self.scores, self.rows, self.windows = ids, scores, rows, windows
+        self.ids, self.scores, self.rows, self.members = ids, scores, rows, members
+        self.windows: np.ndarray | None = None
+        if members is not None:
+            self.windows = np.zeros(rows.shape, np.int64)
+            for query, groups in enumerate(members):
+                self.windows[query, : len(groups)] = [len(group.rows) for group in groups]
         self._table = table
+
+    @functools.cached_property
+    def spans(self) -> list[list[list[dict[str, float]]]]:
+        """For each hit of each query the `start_s`, `end_s` and `score` of the windows in `members`, best first."""
+        flat = [group for groups in self.members or [] for group in groups]
+        if not flat:
+            return [[] for _ in self.rows]
+        rows = self._table.rows(np.concatenate([group.rows for group in flat]), ["start_s", "end_s"])
+        scores = np.minimum(np.concatenate([group.scores for group in flat]), 1.0).tolist()
+        spans = iter([{**row, "score": score} for row, score in zip(rows, scores, strict=True)])
+        return [[list(itertools.islice(spans, len(group.rows))) for group in groups] for groups in self.members or []]
 
     @functools.cached_property
     def items(self) -> list[list[dict[str, Any]]]:
@@ -38,12 +67,13 @@ class Hits:
         return [found[start:stop] for start, stop in itertools.pairwise(edges)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"ids": self.ids, "scores": self.scores, "rows": self.rows, "windows": self.windows, "items": self.items}
+        plain = {"ids": self.ids, "scores": self.scores, "rows": self.rows, "windows": self.windows}
+        return plain | {"members": self.members, "items": self.items, "spans": self.spans}
 
 
 def best_per_group(
     find: Find, queries: np.ndarray, k: int, groups: np.ndarray, without: int | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, list[list[Members]]]:
     """The k groups nearest to each query, each by its best row.
 
     Args:
@@ -55,11 +85,11 @@ def best_per_group(
         without: a group to leave out.
 
     Returns:
-        scores float32[Q, k], rows int64[Q, k] (-1 padded) and windows int64[Q, k]; see `Hits`.
+        scores float32[Q, k], rows int64[Q, k] (-1 padded) and the members of each group; see `Hits`.
     """
     shape = (len(queries), k)
     scores, rows = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
-    windows = np.zeros(shape, np.int64)
+    members = []
     fetch = min(FIRST_FETCH * (k + (without is not None)), len(groups))
     first = find(queries, fetch, None)
     for query in range(len(queries)):
@@ -68,8 +98,8 @@ def best_per_group(
         found.collect(first[0][query], first[1][query])
         count = len(found.heads)
         rows[query, :count], scores[query, :count] = found.heads, found.head_scores
-        windows[query, :count] = found.windows()
-    return scores, rows, windows
+        members.append(found.members())
+    return scores, rows, members
 
 
 class _Groups:
@@ -104,12 +134,18 @@ class _Groups:
         self.heads = np.concatenate([self.heads, rows[heads]])
         self.head_scores = np.concatenate([self.head_scores, scores[heads]])
 
-    def windows(self) -> np.ndarray:
-        """How many rows of each group were found at least as near as the last group."""
+    def members(self) -> list[Members]:
+        """The rows of each group that were found at least as near as the last group."""
         last = self.head_scores[-1] if len(self.heads) == self._k else -np.inf
         if self._rounds > 1:  # rows of groups that later rounds passed over: look at those too
             others = ~np.isin(self._groups, self._groups[self.heads])
             scores, rows = self._find(int(np.count_nonzero(~others)), others)
             self._scores, self._rows = scores[0][rows[0] >= 0], rows[0][rows[0] >= 0]
-        near = self._groups[self._rows[self._scores >= last]]
-        return np.array([np.count_nonzero(near == group) for group in self._groups[self.heads]], np.int64)
+        near = self._scores >= last
+        rows, scores = self._rows[near], self._scores[near]
+        groups = self._groups[rows]
+        order = np.argsort(groups, kind="stable")
+        wanted = self._groups[self.heads]
+        starts, stops = (np.searchsorted(groups[order], wanted, side) for side in ("left", "right"))
+        found = [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        return [Members(rows[places], scores[places]) for places in found]

@@ -77,16 +77,17 @@ class Items:
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def rows(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """The rows with these numbers, in the order asked for, as plain dicts."""
+    def rows(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The rows with these numbers, in the order asked for, as plain dicts of all (or these) columns."""
         wanted = np.asarray(rows, np.int64)
         order = np.argsort(wanted, kind="stable")
         batches, places = np.divmod(wanted[order], self._batch_rows)
         edges = np.flatnonzero(np.diff(batches, prepend=-1))
-        values: dict[str, list[Any]] = {name: [] for name in self._chunks}
+        wanted_columns = self._chunks if columns is None else {name: self._chunks[name] for name in columns}
+        values: dict[str, list[Any]] = {name: [] for name in wanted_columns}
         for start, stop in zip(edges, [*edges[1:], len(order)], strict=False):
             take = pa.array(places[start:stop])  # batch by batch: a take over many chunks copies all of them first
-            for name, chunks in self._chunks.items():
+            for name, chunks in wanted_columns.items():
                 values[name] += chunks[batches[start]].take(take).to_pylist()
         ranks = np.empty(len(order), np.int64)
         ranks[order] = np.arange(len(order))

@@ -24,11 +24,11 @@ from audiomae.artifacts import releases as releases
 from audiomae.model.text import TextConfig
 from audiomae.storage import read_json
 from ray_jobs import demo_queries
+from serve.access import ADMIN_VARIABLE
 from serve.app import build
-from serve.routes import TOKEN_VARIABLE
 
 TOKEN = "a-token-for-tests"
-os.environ[TOKEN_VARIABLE] = TOKEN  # before the suite's Ray starts, whose processes inherit it
+os.environ[ADMIN_VARIABLE] = TOKEN  # before the suite's Ray starts, whose processes inherit it
 MAX_UPLOAD = 1 << 20
 
 
@@ -313,7 +313,7 @@ def test_words_find_items_where_the_encoder_understands_them(service: Service) -
     assert service.reload(before).status_code == 200
 
 
-@pytest.mark.parametrize("deployment", ["Encoder", "Index"])
+@pytest.mark.parametrize("deployment", ["Encoder"])
 def test_a_killed_replica_fails_no_request(service: Service, deployment: str) -> None:
     def kill() -> None:
         before = replicas(deployment)

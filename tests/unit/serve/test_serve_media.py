@@ -8,9 +8,10 @@ import pytest
 import soundfile
 
 from serve import media
+from serve.arguments import ServeArgs
 from serve.audio import clip_vector, decode_query
 from serve.problems import Problem
-from serve.schema import ServeArgs
+from serve.queries import Region
 
 ARGS = ServeArgs(index="unused", max_audio_s=5.0)
 
@@ -95,7 +96,7 @@ def wav(samples: np.ndarray, rate: int = 8000) -> bytes:
 
 
 def test_an_upload_becomes_windows() -> None:
-    windows = decode_query(wav(np.ones((8000 * 5, 2))), 16_000, 2.0, ARGS)
+    windows = list(decode_query(wav(np.ones((8000 * 5, 2))), 16_000, 2.0, ARGS))
     assert [(window.start_s, window.end_s) for window in windows] == [(0, 2), (2, 4), (4, 5)]
     assert all(window.samples.dtype == np.float32 for window in windows)
 
@@ -114,9 +115,30 @@ def test_an_upload_becomes_windows() -> None:
 )
 def test_what_is_no_sound_is_refused_with_a_reason(data: bytes, status: int, code: str) -> None:
     with pytest.raises(Problem) as caught:
-        decode_query(data, 16_000, 2.0, ARGS)
+        list(decode_query(data, 16_000, 2.0, ARGS))
     assert (caught.value.status_code, caught.value.code) == (status, code)
     assert caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("region", "spans"),
+    [
+        (Region(1.0, 1.5), [(1.0, 1.5)]),
+        (Region(1.0, 4.0), [(1.0, 3.0), (3.0, 4.0)]),
+        (Region(1.0, 3.4), [(1.0, 3.0)]),
+        (Region(3.0), [(3.0, 5.0)]),
+        (Region(None, 2.0), [(0.0, 2.0)]),
+    ],
+)
+def test_a_region_is_cut_exactly(region: Region, spans: list[tuple[float, float]]) -> None:
+    windows = decode_query(wav(np.ones(8000 * 5)), 16_000, 2.0, ARGS, region)
+    assert [(window.start_s, window.end_s) for window in windows] == spans
+
+
+def test_a_region_past_the_end_is_refused() -> None:
+    with pytest.raises(Problem) as caught:
+        list(decode_query(wav(np.ones(8000)), 16_000, 2.0, ARGS, Region(3.0, 4.0)))
+    assert (caught.value.status_code, caught.value.code) == (422, "bad_region")
 
 
 def test_silence_is_a_sound() -> None:

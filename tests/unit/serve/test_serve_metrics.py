@@ -1,6 +1,8 @@
 """Metrics of several replicas as one Prometheus page; bodies that are never larger than allowed."""
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
@@ -8,8 +10,11 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve import problems
+from serve.arguments import ServeArgs
 from serve.metrics import ApiMetrics, CountRequests, merge
-from serve.uploads import LimitBody
+from serve.uploads import Limits, read_body
+
+ARGS = ServeArgs(index="unused", max_upload_mib=1000 / 2**20, max_header_kib=1, body_patience_s=0.2)
 
 
 def samples(page: bytes) -> dict[tuple[str, str], float]:
@@ -42,7 +47,7 @@ def test_replicas_are_merged_into_one_page() -> None:
 
 def application(metrics: ApiMetrics) -> FastAPI:
     app = FastAPI()
-    app.add_middleware(LimitBody, max_bytes=1000)
+    app.add_middleware(Limits, args=ARGS)
     app.add_middleware(CountRequests, metrics=metrics)
     problems.install(app)
 
@@ -84,3 +89,66 @@ def test_a_crash_counts_as_500() -> None:
         reply = client.get("/fail")
     assert (reply.status_code, reply.json()["code"]) == (500, "internal_error")
     assert 'route="/fail",status="500"' in metrics.text()
+
+
+def test_long_headers_are_refused() -> None:
+    with TestClient(application(ApiMetrics("one"))) as client:
+        reply = client.post("/echo", content=b"x", headers={"x-long": "y" * 2000})
+    assert (reply.status_code, reply.json()["code"]) == (431, "headers_too_large")
+
+
+def test_head_is_get_without_the_content() -> None:
+    app = application(ApiMetrics("one"))
+
+    @app.get("/five")
+    async def five() -> int:
+        return 12345
+
+    with TestClient(app) as client:
+        reply = client.head("/five")
+    assert (reply.status_code, reply.content, reply.headers["content-length"]) == (200, b"", "5")
+
+
+def test_a_stalled_body_is_given_up() -> None:
+    """The client sends five bytes of a hundred, then nothing."""
+    sent: list[dict[str, Any]] = []
+    pieces = iter([{"type": "http.request", "body": b"12345", "more_body": True}])
+
+    async def receive() -> dict[str, Any]:
+        for piece in pieces:
+            return piece
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-length", b"100")]
+    scope = {"type": "http", "method": "POST", "path": "/echo", "raw_path": b"/echo", "query_string": b""}
+    scope |= {"headers": headers, "http_version": "1.1", "scheme": "http", "server": ("x", 1), "client": ("y", 2)}
+    metrics = ApiMetrics("one")
+    asyncio.run(application(metrics)(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 408 and b"body_timeout" in sent[1]["body"]
+    assert 'route="/echo",status="408"' in metrics.text()
+
+
+def test_a_client_that_leaves_is_no_error_of_ours() -> None:
+    pieces = iter([{"type": "http.request", "body": b"1", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> dict[str, Any]:
+        return next(pieces)
+
+    async def send(message: Any) -> None:
+        pass
+
+    app = application(metrics := ApiMetrics("one"))
+
+    @app.post("/read")
+    async def read(request: Request) -> int:
+        return len(await read_body(request))
+
+    scope = {"type": "http", "method": "POST", "path": "/read", "raw_path": b"/read", "query_string": b""}
+    scope |= {"headers": [], "http_version": "1.1", "scheme": "http", "server": ("x", 1), "client": ("y", 2)}
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    assert 'route="/read",status="499"' in metrics.text()
+    assert 'status="500"' not in metrics.text()

@@ -1,9 +1,10 @@
-"""What the service does when a deployment is slow, dead, full or of another release."""
+"""What the service does when the encoder is slow, dead, full or of another release, and what it makes of a query."""
 
 import asyncio
 import io
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,44 @@ from ray.serve.exceptions import BackPressureError
 
 from audiomae.errors import IntegrityError
 from serve import service as module
+from serve.arguments import ServeArgs
 from serve.problems import Problem
-from serve.records import EncoderInfo, IndexInfo, Ranked
-from serve.schema import ServeArgs
-from serve.service import SearchService
+from serve.queries import EncoderInfo, Region, Wanted
+from serve.service import Mixed, SearchService, Sound
 
 ENCODER = EncoderInfo(
     fingerprint="f", sample_rate=16_000, window_s=2.0, dim=2, device="cpu", text_reason="deaf to words"
 )
-INDEX = IndexInfo(version="v1", fingerprint="f", rows=1, dim=2, columns=("id", "label"), window_s=None)
-HIT = Ranked({"id": 7}, 0.5, 0)
+ROWS = {
+    1: {"id": 1, "uri": "a", "start_s": 0.0, "end_s": 2.0, "label": "x"},
+    2: {"id": 2, "uri": "a", "start_s": 2.0, "end_s": 4.0, "label": "x"},
+    3: {"id": 3, "uri": "b", "start_s": 0.0, "end_s": 2.0, "label": "y"},
+}
+VECTORS = {1: [1.0, 0.0], 2: [0.8, 0.6], 3: [0.0, 1.0]}
+
+
+class Catalogue:
+    """Three windows of two files, searched by comparing them all."""
+
+    def __init__(self, version: str = "v1", fingerprint: str = "f", window_s: float | None = None) -> None:
+        self.version, self.fingerprint, self.window_s = version, fingerprint, window_s
+        self.rows, self.dim, self.columns = 3, 2, ("id", "uri", "label")
+        self.index = SimpleNamespace(vector=lambda clip: np.array(VECTORS[clip]))
+        self.asked: list[np.ndarray] = []
+
+    def item(self, clip: int) -> dict[str, Any] | None:
+        return ROWS.get(clip)
+
+    def search(self, queries: np.ndarray, k: int, filter: Any, by_file: bool) -> Any:
+        self.asked.append(queries)
+        ids = list(ROWS)
+        scores = queries @ np.array([VECTORS[clip] for clip in ids]).T
+        order = np.argsort(-scores, axis=1)[:, :k]
+        return SimpleNamespace(
+            scores=np.take_along_axis(scores, order, axis=1),
+            items=[[dict(ROWS[ids[place]]) for place in places] for places in order],
+            windows=None,
+        )
 
 
 class Method:
@@ -43,13 +72,6 @@ class Method:
         return call()
 
 
-class Handle:
-    """A deployment handle with the methods it is given."""
-
-    def __init__(self, **methods: Method) -> None:
-        self.__dict__.update(methods)
-
-
 class Shared:
     """The version that all replicas agreed on."""
 
@@ -63,10 +85,13 @@ async def never() -> None:
     await asyncio.Event().wait()
 
 
-def serving(encoder: Handle | None = None, index: Handle | None = None, **args: Any) -> SearchService:
+def serving(catalogue: Catalogue | None = None, args: dict[str, Any] | None = None, **methods: Method) -> SearchService:
+    """A service that encodes elsewhere, by these methods."""
     shared: Any = Shared()
-    handles: Any = encoder or Handle(load=Method(ENCODER)), index or Handle(load=Method(INDEX))
-    return SearchService(ServeArgs(index="unused", **args), *handles, shared)
+    handle: Any = SimpleNamespace(**{"load": Method(ENCODER), **methods})
+    service = SearchService(ServeArgs(index="unused", **(args or {})), handle, shared, local=False)
+    service._catalogues._opener = lambda version: catalogue or Catalogue(version)  # type: ignore[assignment, return-value]
+    return service
 
 
 def problem_of(call: Callable[[], Awaitable[Any]]) -> Problem:
@@ -78,68 +103,74 @@ def problem_of(call: Callable[[], Awaitable[Any]]) -> Problem:
     return caught.value
 
 
+def wav(seconds: float) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(round(seconds * 16_000)), 16_000, format="WAV")
+    return file.getvalue()
+
+
+UP = np.array([[0.0, 1.0]], np.float32)
+
+
 def test_a_request_survives_the_death_of_two_replicas() -> None:
-    search = Method(ActorDiedError(), ActorUnavailableError("gone", None), [[HIT]])
-    service = serving(index=Handle(load=Method(INDEX), search=search))
-    _, rankings, timing = asyncio.run(service.search_vectors([[1.0, 0.0]], 1, None))
-    assert (rankings, search.calls) == ([[HIT]], 3)
-    assert timing.search > 0
+    encode = Method(ActorDiedError(), ActorUnavailableError("gone", None), UP)
+    answer = asyncio.run(serving(encode=encode).search_sound(Sound(wav(1)), Wanted(k=1, group="none")))
+    assert ([hit["id"] for hit in answer.results[0]], encode.calls, answer.release) == ([3], 3, "v1")
+    assert answer.timing.decode > 0 and answer.timing.encode > 0 and answer.timing.search > 0
 
 
 def test_a_third_death_is_said() -> None:
-    service = serving(index=Handle(load=Method(INDEX), search=Method(ActorDiedError())))
-    problem = problem_of(lambda: service.search_vectors([[1.0, 0.0]], 1, None))
+    service = serving(encode=Method(ActorDiedError()))
+    problem = problem_of(lambda: service.search_sound(Sound(wav(1)), Wanted()))
     assert (problem.status_code, problem.code, problem.headers) == (503, "replica_lost", {"Retry-After": "1"})
 
 
 def test_a_full_queue_is_an_answer() -> None:
     full = BackPressureError(num_queued_requests=9, max_queued_requests=8)
-    service = serving(index=Handle(load=Method(INDEX), similar=Method(full)))
-    problem = problem_of(lambda: service.search_similar(1, 1, None))
+    problem = problem_of(lambda: serving(encode=Method(full)).search_sound(Sound(wav(1)), Wanted()))
     assert (problem.status_code, problem.code) == (503, "overloaded")
 
 
-def test_a_deployment_that_does_not_answer_is_not_waited_for() -> None:
-    service = serving(index=Handle(load=Method(INDEX), item=Method(never)), request_timeout_s=0.01)
-    problem = problem_of(lambda: service.item(1))
+def test_an_encoder_that_does_not_answer_is_not_waited_for() -> None:
+    service = serving(args={"request_timeout_s": 0.1}, encode=Method(never))
+    problem = problem_of(lambda: service.search_sound(Sound(wav(1)), Wanted()))
     assert (problem.status_code, problem.code) == (504, "timeout")
 
 
 def test_it_is_not_ready_before_the_encoder_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "READY_S", 0.01)
-    service = serving(encoder=Handle(load=Method(never)))
-    problem = problem_of(service.check)
+    monkeypatch.setattr(module, "READY_S", 0.05)
+    problem = problem_of(serving(load=Method(never)).check)
     assert (problem.status_code, problem.code) == (503, "not_ready")
 
 
 def test_encoder_and_index_of_different_fingerprints_never_meet() -> None:
-    service = serving(encoder=Handle(load=Method(replace(ENCODER, fingerprint="g"))))
+    service = serving(load=Method(replace(ENCODER, fingerprint="g")))
     with pytest.raises(IntegrityError, match="g is not the index's f"):
-        asyncio.run(service.search_vectors([[1.0, 0.0]], 1, None))
+        asyncio.run(service.search_vectors([[1.0, 0.0]], Wanted()))
 
 
 def test_a_version_chosen_elsewhere_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RECHECK_S", -1.0)
-    index = Handle(load=Method(INDEX), search=Method([[HIT]]))
-    service = serving(index=index)
+    service = serving()
 
     async def ask_twice() -> list[str]:
         seen = []
         for version in ("v1", "v2"):
             service._shared.version = version  # type: ignore[attr-defined]
-            seen.append((await service.search_vectors([[0.0, 2.0]], 1, None))[0].version)
+            seen.append((await service.search_vectors([[0.0, 2.0]], Wanted())).release)
         return seen
 
     assert asyncio.run(ask_twice()) == ["v1", "v2"]
 
 
 def test_words_are_refused_with_the_encoders_reason() -> None:
-    problem = problem_of(lambda: serving().search_text("rain", 1, None))
+    problem = problem_of(lambda: serving().search_mixed(Mixed(text="rain"), Wanted()))
     assert (problem.status_code, problem.code) == (501, "no_text_tower")
     assert "deaf to words" in problem.detail
 
 
-def test_queries_are_windows_of_the_corpus_length() -> None:
+@pytest.mark.parametrize(("window_s", "lengths"), [(1.0, [16_000, 16_000]), (None, [32_000])])
+def test_queries_are_windows_of_the_corpus_length(window_s: float | None, lengths: list[int]) -> None:
     encoded: list[int] = []
 
     class Encode(Method):
@@ -147,17 +178,43 @@ def test_queries_are_windows_of_the_corpus_length() -> None:
             encoded.extend(len(window) for window in args[1])
             return Method(np.eye(2, dtype=np.float32)[: len(args[1])]).remote()
 
-    data = wav_of_silence(seconds=2.0)
-    for window_s, lengths in ((1.0, [16_000, 16_000]), (None, [32_000])):
-        encoded.clear()
-        index = Handle(load=Method(replace(INDEX, window_s=window_s)), search=Method([[HIT]]))
-        service = serving(encoder=Handle(load=Method(ENCODER), encode=Encode()), index=index)
-        asyncio.run(service.search_audio(data, 1, None, by_window=False))
-        assert encoded == lengths
+    service = serving(Catalogue(window_s=window_s), encode=Encode())
+    asyncio.run(service.search_sound(Sound(wav(2)), Wanted(k=1)))
+    assert encoded == lengths
 
 
-def wav_of_silence(seconds: float) -> bytes:
+def test_a_long_upload_goes_to_the_encoder_as_it_is() -> None:
+    sent: list[Any] = []
 
-    file = io.BytesIO()
-    soundfile.write(file, np.zeros(round(seconds * 16_000)), 16_000, format="WAV")
-    return file.getvalue()
+    class Upload(Method):
+        def remote(self, *args: Any) -> Awaitable[Any]:
+            sent.append(args)
+            return Method(([(0.0, 2.0)], UP)).remote()
+
+    service = serving(args={"short_audio_s": 4.0}, embed_upload=Upload())
+    data, region = wav(9), Region(1.0)
+    answer = asyncio.run(service.search_sound(Sound(data, region=region), Wanted(k=1, group="none")))
+    assert [hit["id"] for hit in answer.results[0]] == [3]
+    assert sent == [("v1", data, 2.0, region)]
+
+
+def test_examples_pull_and_push_and_are_no_hits() -> None:
+    catalogue = Catalogue()
+    mix = Mixed([Sound(clip=1), np.array([0.0, 2.0])], [Sound(clip=3)])
+    answer = asyncio.run(serving(catalogue).search_mixed(mix, Wanted(k=3, group="none")))
+    np.testing.assert_allclose(catalogue.asked[0], [[1.0, 0.0]], atol=1e-6)  # (x + y) / 2 - y / 2
+    assert [hit["id"] for hit in answer.results[0]] == [2]
+
+
+def test_more_like_this_leaves_out_the_item_or_with_files_as_hits_its_file() -> None:
+    for group, found in (("none", [2, 3]), ("file", [3])):
+        answer = asyncio.run(serving().search_similar(1, Wanted(k=3, group=group)))  # type: ignore[arg-type]
+        assert [hit["id"] for hit in answer.results[0]] == found
+    problem = problem_of(lambda: serving().search_similar(9, Wanted()))
+    assert (problem.status_code, problem.code) == (404, "unknown_id")
+
+
+def test_an_answer_has_no_more_hits_than_allowed() -> None:
+    service = serving(args={"max_hits": 10})
+    problem = problem_of(lambda: service.search_vectors([[1.0, 0.0]] * 3, Wanted(k=4)))
+    assert (problem.status_code, problem.code) == (422, "too_many_hits")

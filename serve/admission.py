@@ -1,0 +1,141 @@
+"""Who may work now, who waits, and who is told at once to come back: lanes with a bounded wait.
+
+Work is measured in costs (windows to encode, hits to find) and goes through a lane with so many places. A lane learns
+how many seconds a unit of cost takes. A request that would wait longer than `max_wait_s`, or past its own deadline, is
+refused at once with 503 and a `Retry-After`: under overload those who are let in keep their latency, and the rest know
+soon. Whoever gives up waiting, or leaves, frees the place.
+
+Lanes are of one event loop; nothing here locks. Health, readiness, metrics and administration go through none of them.
+"""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from serve.problems import Problem
+
+SMOOTHING = 0.1  # weight of the newest measurement of a unit's seconds
+MAX_RETRY_S = 60
+
+
+class Lane:
+    """A queue of its own for work of one kind.
+
+    Args:
+        name: as metrics and problems say it.
+        places: how many requests work at the same time.
+        max_wait_s: the longest wait that is worth taking on.
+        min_queue: so many may wait however slow the lane is (a burst of patient clients).
+        unit_s: first guess of the seconds that one unit of cost takes.
+    """
+
+    def __init__(self, name: str, places: int, max_wait_s: float, min_queue: int = 0, unit_s: float = 0.01) -> None:
+        self.name, self.places, self.max_wait_s, self.min_queue = name, places, max_wait_s, min_queue
+        self.working = 0
+        self._unit_s = unit_s
+        self._waiting: deque[tuple[asyncio.Future[None], float]] = deque()
+        self._queued_cost = self._working_cost = 0.0
+        self._busy_since: float | None = None
+        self._done_cost = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """How many are queued."""
+        return len(self._waiting)
+
+    def expected_wait_s(self) -> float:
+        """How long the next one to come would wait for a place."""
+        if self.working < self.places:
+            return 0.0
+        return (self._queued_cost + self._working_cost / 2) * self._unit_s
+
+    def refuse_early(self) -> None:
+        """Raise the problem that `place` would, before a body is read for nothing."""
+        wait = self.expected_wait_s()
+        if self.waiting >= self.min_queue and wait > self.max_wait_s:
+            raise overloaded(self.name, wait)
+
+    @asynccontextmanager
+    async def place(self, cost: float, deadline: float = math.inf) -> AsyncIterator[None]:
+        """Work in this lane, after waiting for a place.
+
+        Args:
+            cost: how much work it is.
+            deadline: `time.monotonic()` after which nobody wants the answer.
+
+        Raises:
+            Problem: 503 `overloaded`, at once when the wait would be too long.
+        """
+        if self.working < self.places and not self._waiting:
+            self._enter(cost)
+        else:
+            wait = self.expected_wait_s()
+            if (self.waiting >= self.min_queue and wait > self.max_wait_s) or time.monotonic() + wait > deadline:
+                raise overloaded(self.name, wait)
+            await self._wait(cost, deadline)
+        try:
+            yield
+        finally:
+            self._leave(cost)
+
+    async def _wait(self, cost: float, deadline: float) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((turn, cost))
+        self._queued_cost += cost
+        try:
+            timeout = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
+            await asyncio.wait_for(turn, timeout)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if turn.done() and not turn.cancelled():  # its turn came in the same moment
+                self._leave(cost)
+            else:
+                self._waiting.remove((turn, cost))
+                self._queued_cost -= cost
+            if isinstance(error, TimeoutError):
+                raise overloaded(self.name, self.expected_wait_s()) from None
+            raise
+
+    def _enter(self, cost: float) -> None:
+        if self.working == 0:
+            self._busy_since, self._done_cost = time.monotonic(), 0.0
+        self.working += 1
+        self._working_cost += cost
+
+    def _leave(self, cost: float) -> None:
+        self.working -= 1
+        self._working_cost -= cost
+        self._learn(cost)
+        while self._waiting and self.working < self.places:
+            turn, next_cost = self._waiting.popleft()
+            self._queued_cost -= next_cost
+            if not turn.done():
+                self._enter(next_cost)
+                turn.set_result(None)
+
+    def _learn(self, cost: float) -> None:
+        """Seconds a unit, by what the busy lane gets done; several at once or batched, the rate counts."""
+        now = time.monotonic()
+        self._done_cost += cost
+        if self._busy_since is not None and (now > self._busy_since):
+            elapsed = now - self._busy_since
+            if elapsed >= 0.05 or self.working == 0:
+                measured = elapsed / max(self._done_cost, 1e-9)
+                self._unit_s += SMOOTHING * (measured - self._unit_s)
+                self._busy_since, self._done_cost = now, 0.0
+        if self.working == 0:
+            self._busy_since = None
+
+
+def overloaded(lane: str, wait_s: float) -> Problem:
+    """503: come back when what is queued now is done."""
+    seconds = min(MAX_RETRY_S, max(1, math.ceil(wait_s)))
+    return Problem(
+        503,
+        "overloaded",
+        f"too much {lane} work is waiting (about {wait_s:.1f} s of it); try again in {seconds} s",
+        headers={"Retry-After": str(seconds)},
+        retry_after_s=seconds,
+    )

@@ -1,0 +1,183 @@
+"""Hits as JSON: rows of the items table become the API's objects once, and bytes straight from there."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.responses import Response
+
+from audiomae.search.hits import Hits
+from serve.catalogue import HIDDEN, PLACE, json_default
+from serve.queries import Answer
+from serve.schema import Timing
+
+OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+NEAR_DUPLICATE = 0.995  # two items whose vectors are this near sound the same
+
+
+def dumps(value: Any) -> bytes:
+    """JSON, whatever the items table held: NaN becomes null, dates ISO text, bytes their length in words."""
+    return orjson.dumps(value, default=json_default, option=OPTIONS)
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """`value` as a JSON response."""
+    return Response(dumps(value), status, media_type="application/json")
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the items table as the API shows it."""
+    return {
+        "id": row["id"],
+        "uri": row["uri"],
+        "start_s": row["start_s"],
+        "end_s": row["end_s"],
+        "item": {name: _safe(value) for name, value in row.items() if name not in PLACE and name not in HIDDEN},
+        "links": links(row["id"]),
+    }
+
+
+def links(clip: int) -> dict[str, str]:
+    """Where an item's parts are, relative to the service's root."""
+    base = f"items/{clip}"
+    return {
+        "item": base,
+        "audio": f"{base}/audio",
+        "spectrogram": f"{base}/spectrogram.png",
+        "similar": f"search/id/{clip}",
+    }
+
+
+def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[list[dict[str, Any]]]:
+    """The hits of each query, best first, without the padding. Rounding can lift a cosine over 1: cut there."""
+    scores = np.minimum(hits.scores, 1.0)
+    chances = None if probability is None else probability(scores)
+    found = []
+    for query, rows in enumerate(hits.items):
+        ranking = []
+        for place, row in enumerate(rows):
+            hit = shown(row)
+            hit["score"] = float(scores[query, place])
+            hit["probability"] = None if chances is None else float(chances[query, place])
+            hit["matches"] = _matches(hits, query, place, hit) if by_file else None
+            hit["query_start_s"] = hit["query_end_s"] = None
+            ranking.append(hit)
+        found.append(ranking)
+    return found
+
+
+def merge_windows(ranked: Sequence[list[dict[str, Any]]], spans: Sequence[tuple[float, float]], k: int) -> list[Any]:
+    """One ranking of the hits of a query's windows: each file (or item) once, by its best, with all that matched.
+
+    Args:
+        ranked: hits of each window of the query.
+        spans: where these windows lie in the query, in seconds.
+        k: how many to keep.
+    """
+    best: dict[Any, dict[str, Any]] = {}
+    for (start_s, end_s), ranking in zip(spans, ranked, strict=True):
+        for hit in ranking:
+            hit["query_start_s"], hit["query_end_s"] = start_s, end_s
+            matches = hit["matches"] or {"windows": 1, "spans": [_span(hit)]}
+            for span in matches["spans"]:
+                span["query_start_s"], span["query_end_s"] = start_s, end_s
+            key = hit["uri"] if hit["matches"] else hit["id"]
+            known = best.get(key)
+            if known is None:
+                best[key] = hit
+                hit["matches"] = matches if hit["matches"] else None
+                continue
+            better, other = (hit, known) if hit["score"] > known["score"] else (known, hit)
+            if better["matches"]:
+                better["matches"] = {
+                    "windows": better["matches"]["windows"] + other["matches"]["windows"],
+                    "spans": better["matches"]["spans"] + other["matches"]["spans"],
+                }
+            best[key] = better
+    ranking = sorted(best.values(), key=lambda hit: (-hit["score"], hit["id"]))[:k]
+    for hit in ranking:
+        if hit["matches"]:
+            hit["matches"]["spans"] = join_spans(hit["matches"]["spans"])
+            hit["matches"]["windows"] = max(hit["matches"]["windows"], len(hit["matches"]["spans"]))
+    return ranking
+
+
+def collapse(ranking: list[dict[str, Any]], vector: Callable[[int], np.ndarray]) -> list[dict[str, Any]]:
+    """Drop every hit that is a near-duplicate of a better one; that one says how many in `duplicates`.
+
+    Args:
+        ranking: hits, best first.
+        vector: the unit vector float32[dim] of an item.
+    """
+    if not ranking:
+        return []
+    vectors = np.stack([vector(hit["id"]) for hit in ranking])
+    kept: list[int] = []
+    for place in range(len(ranking)):
+        alike = vectors[kept] @ vectors[place] if kept else np.zeros(0)
+        if len(alike) and alike.max() >= NEAR_DUPLICATE:
+            ranking[kept[int(alike.argmax())]]["duplicates"] += 1
+        else:
+            ranking[place]["duplicates"] = 0
+            kept.append(place)
+    return [ranking[place] for place in kept]
+
+
+def join_spans(spans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Spans of one file, those that touch or overlap joined, best first; query spans join with them."""
+    joined: list[dict[str, Any]] = []
+    for span in sorted(spans, key=lambda span: (span["start_s"], span["end_s"])):
+        last = joined[-1] if joined else None
+        if last is not None and span["start_s"] <= last["end_s"] + 1e-6:
+            last["end_s"] = max(last["end_s"], span["end_s"])
+            last["score"] = max(last["score"], span["score"])
+            if last.get("query_start_s") is not None and span.get("query_start_s") is not None:
+                last["query_start_s"] = min(last["query_start_s"], span["query_start_s"])
+                last["query_end_s"] = max(last["query_end_s"], span["query_end_s"])
+        else:
+            joined.append(dict(span))
+    return sorted(joined, key=lambda span: -span["score"])
+
+
+def search_json(answer: Answer, timing: Timing) -> bytes:
+    """The body of a `SearchResponse`."""
+    return dumps(
+        {
+            "release": answer.release,
+            "results": answer.results[0],
+            "timing_ms": timing.model_dump(),
+            "partial": bool(answer.missing),
+            "missing": list(answer.missing),
+        }
+    )
+
+
+def vector_search_json(answer: Answer, timing: Timing) -> bytes:
+    """The body of a `VectorSearchResponse`, ranking by ranking, so that no other thread waits for all of them."""
+    head = dumps(
+        {
+            "release": answer.release,
+            "timing_ms": timing.model_dump(),
+            "partial": bool(answer.missing),
+            "missing": list(answer.missing),
+        }
+    )
+    return head[:-1] + b',"results":[' + b",".join(dumps(ranking) for ranking in answer.results) + b"]}"
+
+
+def _safe(value: Any) -> Any:
+    """Integers beyond 64 bits, which orjson refuses, as text; everything else as it is."""
+    if type(value) is int and not -(2**63) <= value < 2**64:
+        return str(value)
+    return value
+
+
+def _span(hit: dict[str, Any]) -> dict[str, Any]:
+    return {"start_s": hit["start_s"], "end_s": hit["end_s"], "score": hit["score"]}
+
+
+def _matches(hits: Hits, query: int, place: int, hit: dict[str, Any]) -> dict[str, Any]:
+    if hits.windows is None:  # files of one window each
+        return {"windows": 1, "spans": [_span(hit)]}
+    return {"windows": int(hits.windows[query, place]), "spans": join_spans(hits.spans[query][place])}

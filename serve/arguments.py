@@ -1,0 +1,43 @@
+"""`ServeArgs`: what `serve run serve.app:build KEY=VALUE ...` and `args:` in `serve/config.yaml` take."""
+
+from pydantic import Field
+
+from audiomae.config import StrictConfig
+
+
+class ServeArgs(StrictConfig):
+    """Arguments of the service. The limits and what each is for: docs/serving.md."""
+
+    index: str = Field(min_length=1, description="directory or s3:// prefix that build_index.py wrote")
+    version: str = Field(default="latest", description="release to serve; `latest` follows INDEX/LATEST at start")
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 opens the service to the network")
+    port: int | None = Field(default=None, ge=1, le=65535, description="HTTP port, 8000 unless given")
+    cors: str = Field(default="", description="origin that browsers may call from, or *; empty: same origin only")
+
+    device: str = Field(default="auto", description="where the encoder runs: auto, cpu, cuda")
+    dtype: str = Field(default="auto", description="precision of the encoder: auto, float32, bfloat16")
+    encoder_threads: int = Field(default=0, ge=0, description="torch threads of one encoder; 0 = all cores")
+    api_replicas: int = Field(default=1, ge=1)
+    encoder_replicas: int = Field(default=1, ge=1, description="of the encoder for long uploads, or for a GPU")
+    index_replicas: int = Field(
+        default=1, ge=1, description="1: every API replica maps the whole index; more: that many hold a share each"
+    )
+    max_batch_size: int = Field(default=16, ge=1, description="windows encoded together at most")
+
+    max_upload_mib: float = Field(default=32.0, gt=0, description="larger request bodies are refused (413)")
+    max_header_kib: float = Field(default=16.0, gt=0, description="larger request headers are refused (431)")
+    body_patience_s: float = Field(default=10.0, gt=0, description="longest pause within a request body (408)")
+    min_upload_kib_s: float = Field(default=8.0, gt=0, description="slowest that a request body may come (408)")
+    max_audio_s: float = Field(default=600.0, gt=0, description="longer uploads are refused (422)")
+    max_decode_s: float = Field(default=20.0, gt=0, description="CPU seconds that decoding an upload may take")
+    short_audio_s: float = Field(
+        default=30.0, gt=0, description="longer uploads go the slow lane, so that short ones do not wait for them"
+    )
+    request_timeout_s: float = Field(default=30.0, gt=0, description="longest wait for an answer (504)")
+    max_wait_s: float = Field(default=1.0, gt=0, description="requests that would wait longer than this are shed (503)")
+    max_k: int = Field(default=1000, ge=1, description="most hits per query")
+    max_vectors: int = Field(default=256, ge=1, description="most queries in one /search/vector call")
+    max_hits: int = Field(default=20_000, ge=1, description="most hits in one answer: k x vectors (422)")
+    recall_shadow: float = Field(
+        default=0.01, ge=0, le=1, description="share of the queries also searched exactly, to measure recall"
+    )

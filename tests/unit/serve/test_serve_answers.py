@@ -1,0 +1,122 @@
+"""Rows of the items table as the API's objects, spans that join, duplicates that collapse, forms and proxies."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from serve import answers, proxy
+from serve.access import Quota, read_tokens
+from serve.problems import Problem
+from serve.uploads import parse_form
+
+
+def hit(clip: int, score: float, start_s: float = 0.0, uri: str = "", windows: int = 1) -> dict[str, Any]:
+    span = {"start_s": start_s, "end_s": start_s + 2, "score": score}
+    return {"id": clip, "uri": uri or str(clip), "matches": {"windows": windows, "spans": [span]}, **span}
+
+
+def test_rows_become_json_whatever_their_values() -> None:
+    row = {"id": 2**62, "uri": "u", "start_s": 0.0, "end_s": 1.0, "corpus": 0}
+    row |= {"x": float("nan"), "y": np.float32(0.5), "z": b"abc", "w": [None, True], "big": 2**70}
+    row |= {"day": datetime.date(2026, 1, 2), "long": datetime.timedelta(seconds=3)}
+    shown = orjson.loads(answers.dumps(answers.shown(row)))
+    assert shown["item"] == {
+        "x": None,
+        "y": 0.5,
+        "z": "<3 bytes>",
+        "w": [None, True],
+        "big": str(2**70),
+        "day": "2026-01-02",
+        "long": 3.0,
+    }
+    assert shown["id"] == 2**62 and shown["links"]["similar"] == f"search/id/{2**62}"
+
+
+def test_windows_merge_into_files_with_what_matched() -> None:
+    first = [hit(1, 0.9, 0.0, "a"), hit(2, 0.5, 0.0, "b")]
+    second = [hit(3, 0.95, 2.0, "a"), hit(2, 0.6, 0.0, "b"), hit(4, 0.1, 8.0, "c")]
+    merged = answers.merge_windows([first, second], [(0.0, 2.0), (2.0, 4.0)], k=2)
+    assert [(one["uri"], one["id"], one["score"], one["query_start_s"]) for one in merged] == [
+        ("a", 3, 0.95, 2.0),
+        ("b", 2, 0.6, 2.0),
+    ]
+    (span,) = merged[0]["matches"]["spans"]
+    assert span == {"start_s": 0.0, "end_s": 4.0, "score": 0.95, "query_start_s": 0.0, "query_end_s": 4.0}
+
+
+def test_spans_join_where_they_touch_and_the_best_comes_first() -> None:
+    spans = [{"start_s": s, "end_s": s + 2.0, "score": q} for s, q in ((8.0, 0.7), (0.0, 0.1), (2.0, 0.5), (3.0, 0.2))]
+    joined = answers.join_spans(spans)
+    assert [(span["start_s"], span["end_s"], span["score"]) for span in joined] == [(8.0, 10.0, 0.7), (0.0, 5.0, 0.5)]
+
+
+def test_near_duplicates_collapse_into_the_better_hit() -> None:
+    vectors = {1: [1.0, 0.0], 2: [0.9999, 0.01], 3: [0.0, 1.0]}
+    kept = answers.collapse([hit(1, 0.9), hit(2, 0.8), hit(3, 0.1)], lambda clip: np.array(vectors[clip]))
+    assert [(one["id"], one["duplicates"]) for one in kept] == [(1, 1), (3, 0)]
+
+
+def form(*parts: tuple[str, bytes]) -> bytes:
+    body = b"".join(b"--B\r\n" + head.encode() + b"\r\n\r\n" + data + b"\r\n" for head, data in parts)
+    return body + b"--B--\r\n"
+
+
+def test_a_form_is_read_from_memory() -> None:
+    body = form(
+        ('Content-Disposition: form-data; name="file"; filename="x.wav"', b"\0\r\n--b\xff"),
+        ('content-disposition: form-data; name="k"', b"3"),
+    )
+    found = parse_form(body, "multipart/form-data; boundary=B")
+    assert (found.files, found.fields) == ({"file": b"\0\r\n--b\xff"}, {"k": "3"})
+    assert parse_form(b"k=3&text=a+b", "application/x-www-form-urlencoded").fields == {"k": "3", "text": "a b"}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"{}", "application/json"),
+        (b"", "multipart/form-data"),
+        (b"--B\r\n", "multipart/form-data; boundary=B"),
+        (form(('content-disposition: form-data; name="k"', b"3"))[:-8], "multipart/form-data; boundary=B"),
+        (b"nonsense", "multipart/form-data; boundary=B"),
+        (form(('content-disposition: form-data; name="k"', b"\xff"))[:], "multipart/form-data; boundary=B"),
+        (
+            form(*[('content-disposition: form-data; name="k"', b"3")] * 200),
+            "multipart/form-data; boundary=" + "B" * 999,
+        ),
+    ],
+)
+def test_a_broken_form_is_refused(body: bytes, kind: str) -> None:
+    with pytest.raises(Problem) as caught:
+        parse_form(body, kind)
+    assert (caught.value.status_code, caught.value.code) == (422, "invalid_request")
+
+
+def test_quotas_are_used_up_and_fill_again() -> None:
+    quota = Quota(per_s=2.0)
+    assert [quota.take() == 0 for _ in range(20)] == [True] * 20
+    wait = quota.take()
+    assert 0 < wait <= 0.5
+    quota.seen_at -= 1.0
+    assert quota.take() == 0
+    assert read_tokens("a=2, b").keys() == {"a", "b"}
+    with pytest.raises(ValueError, match="above 0"):
+        read_tokens("a=-1")
+
+
+def test_the_proxy_gets_our_manners_and_keeps_what_it_had(tmp_path: Path) -> None:
+    config = (
+        "global\n    maxconn 9\ndefaults\n    mode http\n    errorfile 502 /x\nfrontend prometheus\n    bind :9101\n"
+    )
+    config += "frontend http_frontend\n    bind 0.0.0.0:8000\nlisten stats\n  bind *:8404\n"
+    found = proxy.hardened(config, {503: tmp_path / "e"})
+    assert "bind 127.0.0.1:9101\n" in found and "bind 127.0.0.1:8404\n" in found and "bind 0.0.0.0:8000\n" in found
+    assert f"defaults\n    timeout http-request 10s\n    errorfile 503 {tmp_path}/e\n    mode http\n" in found
+    assert "/x" not in found
+    head, _, body = proxy.error_page(503).partition("\r\n\r\n")
+    assert "Retry-After: 1" in head and orjson.loads(body)["code"] == "not_ready"
+    assert f"Content-Length: {len(body)}" in head

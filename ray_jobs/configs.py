@@ -19,6 +19,10 @@ from ray_jobs._placement import PlacementConfig
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 CORPUS = "folder, glob, s3:// prefix, .csv/.jsonl/.parquet listing or .tar shards"
+RECIPE = (
+    "auto = what fits the corpus and the machine, which it says; a file of ray_jobs/recipes by name; none = the plain "
+    "defaults. Keys that are given win. Default: auto, unless the network, its losses or init are given"
+)
 ENCODER = "encoder folder or URI, official:PATH, timm:NAME or timm:local-dir:PATH"
 Folders = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
@@ -29,9 +33,10 @@ class TrainConfig(Recipe):
     corpus: str = Field(description=CORPUS, json_schema_extra=shown_as("SRC"))
     storage: str = Field(description="where runs are kept, local or s3://", json_schema_extra=shown_as("DIR"))
     name: str = Field(description="name of the run; STORAGE/NAME holds all of it", json_schema_extra=shown_as("RUN"))
+    recipe: str | None = Field(None, description=RECIPE, json_schema_extra=shown_as("NAME"))
 
     @property
-    def recipe(self) -> Recipe:
+    def training(self) -> Recipe:
         """What decides the run, whatever it is applied to."""
         return Recipe(**{name: getattr(self, name) for name in Recipe.model_fields})
 
@@ -202,10 +207,12 @@ class StageOptions(Recipe):
     index: BuildOptions = Field(BuildOptions(), description="how the index is built")
     evaluate: EvaluateOptions = Field(EvaluateOptions(), description="how it is evaluated")
 
+    recipe: str | None = Field(None, description=RECIPE, json_schema_extra=shown_as("NAME"))
+
     @property
-    def recipe(self) -> Recipe:
-        """The training recipe alone."""
-        return Recipe(**{name: getattr(self, name) for name in Recipe.model_fields})
+    def training(self) -> dict[str, Any]:
+        """The keys of the training recipe that were given, and which recipe they are laid over."""
+        return {name: getattr(self, name) for name in self.model_fields_set if name in {"recipe", *Recipe.model_fields}}
 
 
 class PipelineConfig(StageOptions):

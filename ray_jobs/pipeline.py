@@ -29,7 +29,7 @@ COMMAND = Command(
     script="ray_jobs/pipeline.py",
     config=PipelineConfig,
     about=__doc__ or "",
-    example="python ray_jobs/pipeline.py --config ray_jobs/recipes/demo.yaml --corpus sounds/ --out runs/first",
+    example="python ray_jobs/pipeline.py --corpus sounds/ --out runs/first",
     recipes=RECIPES,
 )
 Config = TypeVar("Config", bound=StrictConfig)
@@ -50,7 +50,7 @@ def pipeline(config: PipelineConfig) -> PipelineResult:
     stage = _Stages(out)
     trained, encoder = None, config.with_encoder
     if encoder is None:
-        settings = TrainConfig(**_fields(config.recipe), corpus=config.corpus, storage=str(out), name="train")
+        settings = TrainConfig(**config.training, corpus=config.corpus, storage=str(out), name="train")
         trained = stage("train", train, settings)
         encoder = trained.encoder
     embedding = EmbedConfig(**_fields(config.embed), encoder=encoder, corpus=config.corpus, out=str(out / "embeddings"))

@@ -12,7 +12,7 @@ COMMAND = Command(
     script="ray_jobs/train.py",
     config=TrainConfig,
     about=__doc__ or "",
-    example="python ray_jobs/train.py --config ray_jobs/recipes/debug.yaml --corpus clips/ --storage runs --name first",
+    example="python ray_jobs/train.py --corpus sounds/ --storage runs --name first",
     recipes=RECIPES,
 )
 

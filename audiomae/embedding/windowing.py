@@ -1,19 +1,12 @@
 """Windows that fit: their length follows the lengths of the corpus' files and what the encoder was made for."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from audiomae.corpus.decode import probe
-from audiomae.corpus.manifest import open_source
-
-PROBED_FILES = 64
 TYPICAL = 0.9  # share of the files that must fit for one window to hold a whole file
 WHOLE_FILE_S = 10.0  # a file up to this long is one sound to most listeners, and one answer
-PROBE_THREADS = 8
 
 
 class Windowing(NamedTuple):
@@ -42,17 +35,3 @@ def fitting_windows(durations_s: Sequence[float], encoder_window_s: float) -> Wi
         )
     window = max(own, round(float(fitting[-1]), 1))
     return Windowing(window, window, f"one window holds a whole file (of {len(lengths)} looked at, up to {window:g} s)")
-
-
-def sampled_durations(root: str, listing: pa.Table, most: int = PROBED_FILES) -> list[float]:
-    """Seconds of audio, by their headers, of up to `most` files spread evenly over the listing (of those that open)."""
-    rows = listing.take(pa.array(np.unique(np.linspace(0, listing.num_rows - 1, most).astype(np.int64)))).to_pylist()
-
-    def duration(row: dict) -> float | None:
-        try:
-            return probe(open_source(root, row["uri"], row.get("tar_offset"), row.get("size"))).duration_s
-        except Exception:  # storage clients raise what they like; the file fails with its reason when it is embedded
-            return None
-
-    with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        return [seconds for seconds in pool.map(duration, rows) if seconds]

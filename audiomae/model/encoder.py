@@ -27,7 +27,7 @@ from audiomae.errors import ConfigError, IntegrityError
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, EncoderOutput
 from audiomae.model.chunking import encode_long
 from audiomae.model.devices import pick_device, pick_precision
-from audiomae.model.encoder_config import EncoderConfig, ProjectionConfig
+from audiomae.model.encoder_config import EncoderConfig, ProjectionConfig, as_saved
 from audiomae.model.encoder_files import (
     CONFIG_FILE,
     TEXT_SUBDIR,
@@ -128,7 +128,7 @@ class AudioEncoder(nn.Module):
                 "or official:PATH, timm:NAME, timm:local-dir:PATH"
             )
         saved = read_json(path / CONFIG_FILE)
-        config = build_config(EncoderConfig, saved.get("config", {}))
+        config = build_config(EncoderConfig, as_saved(saved.get("config", {})))
         weights = read_weights(path / WEIGHTS_FILE)
         if with_decoder and not any(name.startswith(DECODER) for name in weights):
             raise ConfigError(f"{uri}: with_decoder=True, but the encoder was saved without its decoder")

@@ -65,7 +65,7 @@ class FeatureConfig(StrictConfig):
     mean: float = Field(0.0, description="the mean that normalize=fixed subtracts")
     std: float = Field(1.0, gt=0, description="the deviation that normalize=fixed divides by")
     range_db: float | None = Field(
-        None,
+        60.0,
         gt=0,
         description="raise everything quieter than this many dB below the clip's loudest cell to that level before "
         "normalising (librosa's top_db), so that digital silence weighs no more than a quiet room; null = off",
@@ -215,6 +215,11 @@ class TextConfig(StrictConfig):
     max_tokens: int = Field(128, gt=1, description="longer texts are cut to this many tokens")
 
 
+def as_saved(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a saved encoder with the settings that it does not name as they were when it was written."""
+    return {**config, "features": {"range_db": None, **config.get("features", {})}}
+
+
 class ProjectionConfig(StrictConfig):
     """Head after pooling, where a contrastive objective or a shared audio-text space wants one."""
 
@@ -224,6 +229,8 @@ class ProjectionConfig(StrictConfig):
     )
 
 
+# the defaults that fingerprints are told by: those of the first encoders, and of each setting as it was added
+FEATURES_BEFORE = FeatureConfig(range_db=None).model_dump(mode="json")
 BackboneConfig = Annotated[AudioMAEConfig | SpectrogramViTConfig, Field(discriminator="kind")]
 
 
@@ -285,10 +292,12 @@ class EncoderConfig(StrictConfig):
     def fingerprint_fields(self) -> dict[str, Any]:
         """What enters the fingerprint beside the weights.
 
-        Of the features, `centred` and `crops` only what differs from the defaults, so that a setting added later (off
-        by default) leaves the fingerprints of saved encoders, and with them the indexes built on those, as they are.
+        Of the features what differs from `FEATURES_BEFORE`, of `centred` and `crops` what differs from the defaults: a
+        setting added later leaves the fingerprints of saved encoders, and with them the indexes built on those, as they
+        are.
         """
         later = self.model_dump(mode="json", include={"centred", "crops"}, exclude_defaults=True)
         fields = self.model_dump(mode="json", include={"pooling", "projection", "long_input", "official_windows"})
-        features = self.features.model_dump(mode="json", exclude_defaults=True)
+        features = self.features.model_dump(mode="json")
+        features = {name: value for name, value in features.items() if value != FEATURES_BEFORE[name]}
         return {**fields, **later, "features": features, "backbone": self.backbone.fingerprint_fields()}

@@ -24,10 +24,17 @@ from audiomae.model.features import FeatureConfig
 from audiomae.model.vit import FIXED_ARGS, SpectrogramViT, SpectrogramViTConfig, check_vit
 from audiomae.storage import fetch_dir, is_local, to_path
 
-OFFICIAL_FEATURES = FeatureConfig(drop_last_frame=False)
+OFFICIAL_FEATURES = FeatureConfig(drop_last_frame=False, range_db=None)
 # Filter banks and statistics (mean, 2 x deviation on AudioSet) that AudioMAE and AST were trained with
 AUDIOMAE_FEATURES = FeatureConfig(
-    kind="kaldi", n_mels=128, f_min=20.0, f_max=8000.0, normalize="fixed", mean=-4.2677393, std=2 * 4.5689974
+    kind="kaldi",
+    n_mels=128,
+    f_min=20.0,
+    f_max=8000.0,
+    normalize="fixed",
+    mean=-4.2677393,
+    std=2 * 4.5689974,
+    range_db=None,
 )
 
 # official name -> ours; the rest of a name is kept

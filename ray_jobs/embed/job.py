@@ -16,11 +16,12 @@ from audiomae.artifacts.embeddings import (
 )
 from audiomae.artifacts.tables import FAILED, EmbedSettings, map_ahead
 from audiomae.corpus.manifest import Corpus, ReadAs, list_corpus
+from audiomae.corpus.survey import sampled_durations
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.plan import Plan, load_plan, new_plan, normalise_listing, read_items
 from audiomae.embedding.preflight import as_text, check
 from audiomae.embedding.update import copy_shard, difference, updated_plan
-from audiomae.embedding.windowing import Windowing, fitting_windows, sampled_durations
+from audiomae.embedding.windowing import Windowing, fitting_windows
 from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.storage import to_path, write_json

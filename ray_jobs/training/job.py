@@ -25,6 +25,7 @@ from audiomae.training.recipe import Recipe
 from ray_jobs._ray import connect
 from ray_jobs.configs import TrainConfig, TrainResult
 from ray_jobs.training.feature_cache import build_cache, list_files
+from ray_jobs.training.fitting import fitted
 
 MAY_CHANGE = ("workers", "checkpoint")
 PROGRESS_FILE, RECEIPT = "progress.json", "train.json"
@@ -34,7 +35,8 @@ PROGRESS_EVERY_S = 2.0
 def run(config: TrainConfig) -> TrainResult:
     """See `ray_jobs.train.train`."""
     folder = to_path(config.storage) / config.name
-    _check_config(folder, config.recipe)
+    config = fitted(config, folder)
+    _check_config(folder, config.training)
     if (folder / RECEIPT).exists():
         receipt = read_json(folder / RECEIPT)
         print(f"already finished: {folder / 'encoder'} ({_summary(receipt)})")
@@ -109,7 +111,7 @@ def _prepare(run: Any, config: TrainConfig) -> _Prepared:
             f"the clips of {config.corpus} are not those that {run} began with; use another --name to start anew"
         )
     write_bytes(path, table.getvalue())
-    write_bytes(run / "config.yaml", dump_config(config.recipe).encode())
+    write_bytes(run / "config.yaml", dump_config(config.training).encode())
     return _Prepared(cache, len(items), len(clips) - len(decoded))
 
 
@@ -120,7 +122,7 @@ def _fit(run: Any, config: TrainConfig, cache: str) -> Any:
     filesystem, storage_path = _storage_of(config.storage)
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]  # Ray 2.60 passes its return value on, its annotation says None
-        train_loop_config={"config": config.recipe.model_dump(mode="json"), "run": str(run), "cache": cache},
+        train_loop_config={"config": config.training.model_dump(mode="json"), "run": str(run), "cache": cache},
         scaling_config=_scaling(config),
         run_config=RunConfig(
             name=config.name,

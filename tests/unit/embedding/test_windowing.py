@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from audiomae.embedding.windowing import fitting_windows, sampled_durations
+from audiomae.corpus.survey import sampled_durations
+from audiomae.embedding.windowing import fitting_windows
 
 
 @pytest.mark.parametrize(

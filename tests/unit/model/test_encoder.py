@@ -183,11 +183,25 @@ def test_saved_encoder_loads_and_embeds_the_same(tmp_path):
 
 
 def test_fingerprint_is_the_same_in_every_process_and_release():
-    encoder = make()
+    encoder = make(features=FeatureConfig(range_db=None))  # what a new encoder had before range_db became a default
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.fill_(0.5)
     assert encoder.fingerprint == "ca1b73caa5c43195648b8121e08b6be702d8f59081eda5344f7049da9d45bfc0"
+
+
+def test_an_encoder_saved_before_a_setting_existed_loads_as_it_was(tmp_path):
+    encoder = make(features=FeatureConfig(range_db=None))
+    encoder.save(tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    saved = json.loads(path.read_text())
+    for later in ("centred", "crops"):
+        del saved["config"][later]
+    del saved["config"]["features"]["range_db"]
+    path.write_text(json.dumps(saved))
+    again = AudioEncoder.load(tmp_path / "old", device="cpu")
+    assert again.fingerprint == encoder.fingerprint and again.config.features.range_db is None
+    assert make().config.features.range_db == 60, "new encoders lift near-silence to a quiet room"
 
 
 def test_fingerprint_follows_what_decides_a_vector(encoder):

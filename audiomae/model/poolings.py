@@ -1,6 +1,7 @@
 """One pass of a backbone, every pooling of its tokens: what the poolings of an existing encoder are compared by."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor
 from audiomae.errors import ConfigError
 from audiomae.model.chunking import encode_long
 from audiomae.model.encoder import AudioEncoder
-from audiomae.model.pooling import POOLINGS, Pooling, PoolingName
+from audiomae.model.pooling import Pooling, PoolingName
 
 
 def comparable(encoder: AudioEncoder, names: Sequence[PoolingName] | None = None) -> list[Pooling]:
@@ -24,7 +25,8 @@ def comparable(encoder: AudioEncoder, names: Sequence[PoolingName] | None = None
             f"this encoder has a projection that was trained on its {own} pooling, so another pooling cannot go before "
             "it; train with encoder.projection=null to compare poolings"
         )
-    wanted = list(names or [own, *(name for name in POOLINGS if name not in (own, "attention"))])
+    untrained: list[PoolingName] = [name for name in get_args(PoolingName) if name not in (own, "attention")]
+    wanted: list[PoolingName] = list(names or [own, *untrained])
     if "attention" in wanted and own != "attention":
         raise ConfigError(f"pooling attention: its scores are learnt, and this encoder was trained with {own}")
     bands = encoder.config.backbone.grid[1]
@@ -42,7 +44,7 @@ def pooled(
     """
     encoder.eval()
     with encoder.autocast():
-        spectrogram = encoder.features(waveforms, lengths)
+        x, frame_lengths = encoder.features(waveforms, lengths)
     quirk = encoder.config.official_windows
     found: dict[str, Tensor] = {}
     for reordered in (False, True) if quirk else (False,):
@@ -52,7 +54,8 @@ def pooled(
         with encoder.autocast():
             out = encode_long(
                 encoder.backbone,
-                *spectrogram,
+                x,
+                frame_lengths,
                 encoder.config.long_input,
                 quirk,
                 reordered,

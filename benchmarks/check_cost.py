@@ -53,7 +53,7 @@ def main() -> None:
         corpus = list_corpus(str(source))
         listing, _ = normalise_listing(corpus.batches())
         listed = time.perf_counter()
-        new_plan(str(out), listing, settings, lambda uris: [None] * len(uris), encoder="e", corpus="c", root=corpus.root)
+        new_plan(out, listing, settings, lambda uris: [None] * len(uris), encoder="e", corpus="c", root=corpus.root)
         planned = time.perf_counter()
         report = check(corpus.root, listing, settings, corpus.notes)
         checked = time.perf_counter()

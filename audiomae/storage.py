@@ -1,9 +1,9 @@
 """Files that are whole or absent, on a local disk or on S3, behind one path type.
 
-Paths are `upath.UPath` (fsspec): `to_path("corpus")` and `to_path("s3://bucket/corpus")` take the same calls. S3
-endpoint, region and credentials come from the usual AWS environment variables, `AWS_ENDPOINT_URL` included; requests
-are retried with exponential backoff by botocore. Nothing here ever leaves half a file behind: local writes go to a
-temporary name in the same folder and are renamed, S3 writes are one PUT.
+Paths are `upath.UPath` (fsspec): `to_path("corpus")` and `to_path("s3://bucket/corpus")` take the same calls. Reading,
+writing, listing and removing go through the functions here, which on S3 make as few requests as there can be
+(`audiomae/s3.py`): one GET for a read, one PUT for a write, one LIST for a thousand names. Nothing here ever leaves
+half a file behind: local writes go to a temporary name in the same folder and are renamed, S3 writes are one PUT.
 """
 
 import hashlib
@@ -13,22 +13,17 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from upath import UPath
 
+from audiomae import s3
 from audiomae.errors import IntegrityError
 
-S3_OPTIONS: dict[str, Any] = {
-    "config_kwargs": {
-        "retries": {"max_attempts": 8, "mode": "standard"},
-        "connect_timeout": 10,
-        "read_timeout": 60,
-    },
-    "use_listings_cache": False,
-}
 CHUNK_BYTES = 1 << 20
+COPY_THREADS = 8
 
 
 Location = str | os.PathLike[str] | UPath
@@ -40,10 +35,20 @@ def to_path(uri: Location) -> UPath:
         return uri
     text = os.fspath(uri)
     if text.startswith("s3://"):
-        return UPath(text, **S3_OPTIONS)
+        return UPath(text, **s3.FSSPEC_OPTIONS)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     return UPath(os.path.abspath(os.path.expanduser(text)))
+
+
+def arrow_filesystem(uri: Location) -> tuple[Any, str]:
+    """(pyarrow filesystem, path in it), for libraries that want one; S3 with the same settings as everything here."""
+    import pyarrow.fs
+
+    path = to_path(uri)
+    if is_local(path):
+        return pyarrow.fs.LocalFileSystem(), path.as_posix()
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(path.fs)), path.path
 
 
 def is_local(path: UPath) -> bool:
@@ -55,7 +60,7 @@ def write_bytes(path: Location, data: bytes) -> None:
     """Write `data` whole or not at all, replacing what was there."""
     path = to_path(path)
     if not is_local(path):
-        path.fs.pipe_file(path.path, data)
+        s3.write(str(path), data)
         return
     temporary = _write_temporary(path, data)
     os.replace(temporary, str(path))
@@ -68,11 +73,7 @@ def put_if_absent(path: Location, data: bytes) -> bool:
     """
     path = to_path(path)
     if not is_local(path):
-        try:
-            path.fs.pipe_file(path.path, data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        return s3.write(str(path), data, if_absent=True)
     temporary = _write_temporary(path, data)
     try:
         os.link(temporary, str(path))
@@ -86,24 +87,48 @@ def put_if_absent(path: Location, data: bytes) -> bool:
 def read_bytes(path: Location) -> bytes:
     """The whole file; on S3 a single GET, so that an object may be replaced meanwhile."""
     path = to_path(path)
-    if is_local(path):
-        return path.read_bytes()
-    data: bytes = path.fs.cat_file(path.path)
-    return data
+    return path.read_bytes() if is_local(path) else s3.read(str(path))[0]
 
 
 def open_stream(path: Location) -> BinaryIO:
-    """The file, open for reading in bounded memory."""
-    stream: BinaryIO = to_path(path).open("rb")
-    return stream
+    """The file, open for reading once from start to end in bounded memory."""
+    path = to_path(path)
+    return Path(str(path)).open("rb") if is_local(path) else s3.open_stream(str(path))
+
+
+def open_seekable(path: Location, size: int | None = None) -> BinaryIO:
+    """The file, open for reading parts of it; knowing its `size` in bytes saves a request on S3."""
+    path = to_path(path)
+    return Path(str(path)).open("rb") if is_local(path) else s3.open_seekable(str(path), size)
 
 
 def list_names(directory: Location) -> list[str]:
     """Names directly in a directory, sorted; none when it does not exist."""
+    path = to_path(directory)
+    if not is_local(path):
+        return s3.list_names(str(path))
     try:
-        return sorted(path.name for path in to_path(directory).iterdir())
-    except (FileNotFoundError, NotADirectoryError):  # UPath says the latter of an S3 prefix without objects
+        return sorted(os.listdir(str(path)))
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def remove(path: Location) -> None:
+    """Remove a file, if it is there."""
+    path = to_path(path)
+    if is_local(path):
+        Path(str(path)).unlink(missing_ok=True)
+    else:
+        s3.delete(str(path))
+
+
+def remove_tree(directory: Location) -> None:
+    """Remove a directory and all that is in it, if it is there."""
+    path = to_path(directory)
+    if is_local(path):
+        shutil.rmtree(str(path), ignore_errors=True)
+    else:
+        s3.delete(str(path), [entry.name for entry in s3.list_objects(str(path))])
 
 
 def write_json(path: Location, value: Any) -> None:
@@ -146,19 +171,32 @@ def sha256_stream(file: BinaryIO) -> tuple[str, int]:
     return digest.hexdigest(), count
 
 
+def list_sizes(directory: Location) -> dict[str, int]:
+    """Bytes of every file below `directory` by its relative posix name, sorted; nothing when it does not exist."""
+    root = to_path(directory)
+    if not is_local(root):
+        return {entry.name: entry.size for entry in s3.list_objects(str(root))}
+    found = {}
+    for folder, _, names in os.walk(str(root)):
+        for name in names:
+            path = Path(folder, name)
+            if path.is_file():
+                found[path.relative_to(str(root)).as_posix()] = path.stat().st_size
+    return dict(sorted(found.items()))
+
+
 def walk_files(directory: Location) -> Iterator[tuple[str, UPath]]:
     """Every file below `directory` as (relative posix name, path), sorted by name."""
     root = to_path(directory)
-    prefix = root.path.rstrip("/") + "/"
-    files = (item for item in root.rglob("*") if item.is_file())
-    yield from sorted((item.path.removeprefix(prefix), item) for item in files)
+    yield from ((name, root / name) for name in list_sizes(root))
 
 
 def copy_tree(source: Location, target: Location) -> None:
-    """Copy every file below `source` to `target`, each whole or absent."""
+    """Copy every file below `source` to `target`, each whole or absent, several at a time."""
     target = to_path(target)
-    for name, item in walk_files(source):
-        copy_file(item, target / name)
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        for _ in pool.map(lambda pair: copy_file(pair[1], target / pair[0]), walk_files(source)):
+            pass
 
 
 def copy_file(source: Location, target: Location) -> None:
@@ -168,13 +206,16 @@ def copy_file(source: Location, target: Location) -> None:
         if is_local(source):
             target.fs.put_file(str(source), target.path)
         else:
-            target.write_bytes(source.read_bytes())
+            write_bytes(target, read_bytes(source))
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(target)
-    with source.open("rb") as reader, temporary.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, CHUNK_BYTES)
-    os.replace(temporary, str(target))
+    try:
+        with open_stream(source) as reader, temporary.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+        os.replace(temporary, str(target))
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fetch_dir(uri: Location) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from audiomae.cli import Command, run_command, run_job
 from audiomae.errors import UserError
+from audiomae.retries import retry
 from ray_jobs.configs import QueryConfig
 
 if TYPE_CHECKING:
@@ -142,21 +143,23 @@ def _answers(client: "httpx.Client", queries: list[Query], k: int, label: str) -
 def _post(client: "httpx.Client", name: str, data: bytes, k: int) -> dict[str, Any]:
     import httpx
 
-    problem = ""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(0.2 * 2**attempt)
-        try:
-            reply = client.post("/search", files={"file": (Path(name).name, data)}, data={"k": str(k)})
-        except httpx.TransportError as error:
-            problem = f"{type(error).__name__}: {error}"
-            continue
-        if reply.status_code == 200:
-            answer: dict[str, Any] = reply.json()
-            return answer
-        problem = f"{reply.status_code}: {reply.text[:500]}"
-        if reply.status_code < 500:
-            break
+    def ask() -> dict[str, Any]:
+        reply = client.post("/search", files={"file": (Path(name).name, data)}, data={"k": str(k)})
+        reply.raise_for_status()
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+    def may_pass(error: Exception) -> bool:
+        if isinstance(error, httpx.HTTPStatusError):
+            return error.response.status_code >= 500
+        return isinstance(error, httpx.TransportError)
+
+    try:
+        return retry(ask, may_pass, ATTEMPTS, first_wait_s=0.4)
+    except httpx.HTTPStatusError as error:
+        problem = f"{error.response.status_code}: {error.response.text[:500]}"
+    except httpx.TransportError as error:
+        problem = f"{type(error).__name__}: {error}"
     raise UserError(f"{client.base_url}: no answer to {name}: {problem}")
 
 

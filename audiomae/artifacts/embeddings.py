@@ -46,7 +46,7 @@ from audiomae.artifacts.tables import (
 )
 from audiomae.config import StrictConfig
 from audiomae.errors import IntegrityError
-from audiomae.storage import list_names, sha256_bytes, to_path, write_bytes
+from audiomae.storage import list_names, remove, sha256_bytes, to_path, write_bytes
 
 EMBEDDINGS, FAILURES, SILENT = "embeddings", "failures", "silent"
 FIX_SHARD = "restore it, or delete the shard's commits/*.json and relaunch the embed_corpus job to embed it again"
@@ -159,7 +159,7 @@ def commit_shard(out: str | UPath, shard: str, tables: ShardTables, origin: Shar
     if receipts.create(receipt_path(out, shard), receipts.Receipt(files, facts)):
         return True
     for name in files:
-        (out / name).unlink()
+        remove(out / name)
     return False
 
 
@@ -424,7 +424,7 @@ def collect_garbage(out: str | UPath) -> int:
     for folder in ("commits", "manifest", EMBEDDINGS, FAILURES, SILENT, "vanished"):
         for name in list_names(out / folder):
             if f"{folder}/{name}" not in keep and _generation(name) <= plan["generation"]:
-                (out / folder / name).unlink(missing_ok=True)
+                remove(out / folder / name)
                 removed += 1
     return removed
 

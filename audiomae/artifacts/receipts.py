@@ -31,6 +31,7 @@ from audiomae.storage import (
     open_stream,
     put_if_absent,
     read_bytes,
+    remove,
     sha256_bytes,
     sha256_stream,
     to_path,
@@ -123,7 +124,7 @@ def read(path: Location, fix: str = RESTORE) -> Receipt:
 
 def withdraw(path: Location) -> None:
     """Take a receipt back before its files are written anew."""
-    to_path(path).unlink(missing_ok=True)
+    remove(path)
 
 
 def read_file(root: Location, name: str, receipt: Receipt, fix: str = RESTORE) -> bytes:

@@ -332,9 +332,10 @@ def _remove(path: UPath) -> None:
         os.rename(path.path, aside.path)
         shutil.rmtree(aside.path)
         return
-    files = [item for _, item in storage.walk_files(path)]
-    for item in sorted(files, key=lambda item: item.name == CLAIM):
-        item.unlink()
+    for name in storage.list_sizes(path):
+        if name != CLAIM:
+            storage.remove(path / name)
+    storage.remove(path / CLAIM)
 
 
 def _who() -> str:

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from audiomae.corpus.notes import Notes
 from audiomae.corpus.paths import is_s3, join, local_path, name_to_uri, scheme_of, split_s3
-from audiomae.corpus.sources import s3_client
 from audiomae.errors import UserError
+from audiomae.s3 import client as s3_client
 
 TABLE_ROWS = 8192
 SKIPPED = "files passed over by their names (hidden, a system's own, or no audio)"

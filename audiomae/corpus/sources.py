@@ -1,32 +1,16 @@
 """Where the bytes of a corpus file are: a local path, an S3 object, or a member of a tar shard on either."""
 
-import io
 import os
-import random
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import botocore.config  # type: ignore[import-untyped]
-import botocore.exceptions  # type: ignore[import-untyped]
-import botocore.session  # type: ignore[import-untyped]
-import urllib3.exceptions
-
-from audiomae.corpus.paths import is_s3, join, local_path, scheme_of, split_s3
+from audiomae import s3
+from audiomae.corpus.paths import is_s3, join, local_path, scheme_of
 from audiomae.corpus.tars import Directory, read_directory, split_member
 from audiomae.errors import DecodeError
 
 WHOLE_BYTES = 16 << 20  # objects up to this size are read in one go, larger ones through ranged reads
-RANGE_BYTES = 4 << 20
-ATTEMPTS = 6
-BODY_ERRORS = (
-    botocore.exceptions.HTTPClientError,
-    botocore.exceptions.IncompleteReadError,
-    urllib3.exceptions.HTTPError,
-    ConnectionError,
-    TimeoutError,
-)
 
 
 def open_source(root: str, uri: str, offset: int | None = None, size: int | None = None) -> Path | bytes | BinaryIO:
@@ -87,70 +71,16 @@ def _broken(directory: Directory) -> str:
 # --- S3 ---------------------------------------------------------------------------------------------------------------
 
 
-def s3_client() -> Any:
-    """A botocore S3 client: endpoint and credentials from the AWS environment, requests retried with backoff."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return _client(endpoint, os.getpid())
-
-
-@lru_cache(maxsize=2)
-def _client(_endpoint: str | None, _process: int) -> Any:
-    """One client for each endpoint and process: its connections must not be shared across a fork."""
-    config = botocore.config.Config(
-        retries={"mode": "standard", "max_attempts": 8},
-        connect_timeout=10,
-        read_timeout=60,
-        max_pool_connections=32,
-    )
-    return botocore.session.get_session().create_client("s3", config=config)
-
-
-def s3_error(uri: str, error: Exception) -> DecodeError:
-    """The reason an S3 request failed, in the words of `DecodeError`."""
-    code = ""
-    if isinstance(error, botocore.exceptions.ClientError):
-        code = str(error.response.get("Error", {}).get("Code", ""))
-    if code in ("404", "NoSuchKey", "NoSuchBucket", "NotFound"):
-        return DecodeError("open", f"{uri}: no such object", "NotFound")
-    if code in ("403", "AccessDenied", "Forbidden") or isinstance(error, botocore.exceptions.NoCredentialsError):
-        return DecodeError("open", f"{uri}: permission denied ({error})", "PermissionDenied")
-    return DecodeError("read", f"{uri}: {type(error).__name__}: {error}", "ReadFailed")
-
-
 def s3_read(uri: str, start: int = 0, count: int | None = None, limit: int | None = None) -> tuple[bytes, int]:
-    """(bytes [start, start + count) of an object, its whole size). A body that breaks off is asked for again.
-
-    An object larger than `limit` is not read at all: only its size is given.
-    """
-    bucket, key = split_s3(uri)
-    for attempt in range(ATTEMPTS):
-        try:
-            extra = {} if count is None else {"Range": f"bytes={start}-{start + count - 1}"}
-            reply = s3_client().get_object(Bucket=bucket, Key=key, **extra)
-            total = _total_size(reply)
-            if limit is not None and total > limit:
-                reply["Body"].close()
-                return b"", total
-            body = reply["Body"].read()
-            if len(body) != reply["ContentLength"]:
-                raise ConnectionError(f"{len(body)} of {reply['ContentLength']} bytes arrived")
-            return body, total
-        except BODY_ERRORS as error:
-            failure: Exception = error
-        except botocore.exceptions.ClientError as error:
-            if error.response.get("Error", {}).get("Code") == "InvalidRange":  # an empty object, or past its end
-                return b"", start
-            raise s3_error(uri, error) from None
-        except botocore.exceptions.BotoCoreError as error:
-            raise s3_error(uri, error) from None
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(random.uniform(0.5, 1) * 0.1 * 2**attempt)
-    raise s3_error(uri, failure)
-
-
-def _total_size(reply: dict[str, Any]) -> int:
-    content_range = reply.get("ContentRange")
-    return int(content_range.rpartition("/")[2]) if content_range else int(reply["ContentLength"])
+    """`s3.read` in the words of `DecodeError`."""
+    try:
+        return s3.read(uri, start, count, limit)
+    except FileNotFoundError as error:
+        raise DecodeError("open", str(error), "NotFound") from None
+    except PermissionError as error:
+        raise DecodeError("open", str(error), "PermissionDenied") from None
+    except OSError as error:
+        raise DecodeError("read", str(error), "ReadFailed") from None
 
 
 def _open_s3(uri: str) -> bytes | BinaryIO:
@@ -158,49 +88,16 @@ def _open_s3(uri: str) -> bytes | BinaryIO:
     return data if total <= WHOLE_BYTES else open_s3_file(uri, total)
 
 
+def _s3_exists(uri: str) -> bool:
+    try:
+        return s3.head(uri) is not None
+    except OSError:
+        return False
+
+
 def open_s3_file(uri: str, size: int, start: int = 0) -> BinaryIO:
     """A seekable, buffered file over `size` bytes of an S3 object from `start`; 4 MiB of it in memory at a time."""
-    return io.BufferedReader(Ranges(lambda at, count: s3_read(uri, start + at, count)[0], size, uri), RANGE_BYTES)
-
-
-class Ranges(io.RawIOBase):
-    """A read-only file made of ranged reads."""
-
-    def __init__(self, read_range: Any, size: int, name: str) -> None:
-        self._read_range, self._size, self._position = read_range, size, 0
-        self.name = name
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), self._size - self._position)
-        if count <= 0:
-            return 0
-        data = self._read_range(self._position, count)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-def _s3_exists(uri: str) -> bool:
-    bucket, key = split_s3(uri)
-    try:
-        s3_client().head_object(Bucket=bucket, Key=key)
-    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):
-        return False
-    return True
+    return s3.seekable(lambda at, count: s3_read(uri, start + at, count)[0], size, uri)
 
 
 # --- tar shards -------------------------------------------------------------------------------------------------------
@@ -273,6 +170,4 @@ def _open_member(tar: str, name: str, offset: int | None, size: int | None) -> b
     if is_s3(tar):
         return open_s3_file(tar, size, offset)
     start = offset
-    return io.BufferedReader(
-        Ranges(lambda at, count: read_range(tar, start + at, count), size, f"{tar}#{name}"), RANGE_BYTES
-    )
+    return s3.seekable(lambda at, count: read_range(tar, start + at, count), size, f"{tar}#{name}")

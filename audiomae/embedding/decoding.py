@@ -12,7 +12,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,10 +26,11 @@ from audiomae.corpus.manifest import open_source
 from audiomae.embedding.pieces import PIECES, Clip, Damage, Piece, Silent
 from audiomae.embedding.silence import hush
 from audiomae.errors import DecodeError, ItemError
+from audiomae.retries import retry
 
 MEMORY_LIMIT_BYTES = 8 << 30
 TRIES = 3
-BACKOFF_S = 0.5
+BACKOFF_S = 1.0
 READ_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -81,23 +81,29 @@ def consume_item(item: Item, decode: Decode, accept: Callable[[Piece], None], re
 
     What may pass (a lost connection, a 503, a decoder process that died) is tried again with backoff.
     """
-    for attempt in range(1, TRIES + 1):
+    tries = 0
+
+    def once() -> Item | None:
+        nonlocal tries
+        tries += 1
         count: Counter[type] = Counter()
         try:
             for piece in decode(item):
                 count[type(piece)] += 1
                 accept(piece)
-            quiet_segment = count[Silent] and item.get("segment_start_s") is not None
-            if count[Clip] or quiet_segment:  # the rest of a long recording may well be heard
-                return None
-            return _nothing_to_embed(item, count[Silent], count[Damage])
-        except ItemError as error:
+        except ItemError:
             reset()
-            if not error.passing or attempt == TRIES:
-                tried = f" (tried {attempt} times)" if attempt > 1 else ""
-                return failure_row(item, error.stage, error.error_class, error.message + tried)
-        time.sleep(BACKOFF_S * 2**attempt)
-    raise AssertionError("unreachable")
+            raise
+        quiet_segment = count[Silent] and item.get("segment_start_s") is not None
+        if count[Clip] or quiet_segment:  # the rest of a long recording may well be heard
+            return None
+        return _nothing_to_embed(item, count[Silent], count[Damage])
+
+    try:
+        return retry(once, lambda error: isinstance(error, ItemError) and error.passing, TRIES, BACKOFF_S)
+    except ItemError as error:
+        tried = f" (tried {tries} times)" if tries > 1 else ""
+        return failure_row(item, error.stage, error.error_class, error.message + tried)
 
 
 def _nothing_to_embed(item: Item, silent: int, damaged: int) -> Item:

@@ -138,9 +138,9 @@ def tidy(parts_dir: str, work: Plan, keep_parts: bool) -> None:
     """Remove the parts of older builds, and of this one unless they are to be kept."""
     root = storage.to_path(parts_dir)
     keep = {part.key for part in work.parts} if keep_parts else set()
-    for path in root.iterdir() if root.exists() else []:
-        if path.name not in keep:
-            path.fs.rm(path.path, recursive=True)
+    for name in storage.list_names(root):
+        if name not in keep:
+            storage.remove_tree(root / name)
 
 
 def _read_slice(piece: Slice, keep: np.ndarray) -> tuple[pa.Table, np.ndarray]:

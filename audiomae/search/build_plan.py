@@ -21,6 +21,7 @@ from audiomae.errors import UserError
 from audiomae.search import index as ann
 from audiomae.search.items import Items
 from audiomae.search.spec import BuildOptions, IndexSpec, choose
+from audiomae.storage import open_seekable
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,9 @@ def _add_set(
 
 def _read_ids(embeddings: EmbeddingSet, receipts: Sequence[ShardReceipt]) -> Iterator[np.ndarray]:
     def read(receipt: ShardReceipt) -> np.ndarray:
-        path = embeddings.path / receipt.embeddings
-        with path.open("rb") as file:  # a small part of the shard, which is checked whole when its rows are read
+        path, entry = embeddings.path / receipt.embeddings, receipt.files[receipt.embeddings]
+        # a small part of the shard, which is checked whole when its rows are read
+        with open_seekable(path, entry.bytes) as file:
             return pq.read_table(file, columns=["id"], page_checksum_verification=True).column("id").to_numpy()
 
     return map_ahead(read, receipts)

@@ -17,9 +17,20 @@ import yaml
 from audiomae.artifacts.features import localise
 from audiomae.cli import Progress
 from audiomae.config import build_config, dump_config, flat
-from audiomae.errors import ConfigError, UserError
+from audiomae.errors import ConfigError, IntegrityError, UserError
 from audiomae.model.encoder import AudioEncoder
-from audiomae.storage import copy_tree, is_local, read_bytes, read_json, to_path, write_bytes, write_json
+from audiomae.storage import (
+    arrow_filesystem,
+    copy_tree,
+    is_local,
+    list_names,
+    read_bytes,
+    read_json,
+    remove_tree,
+    to_path,
+    write_bytes,
+    write_json,
+)
 from audiomae.training.items import build_items
 from audiomae.training.recipe import Recipe
 from ray_jobs._ray import connect
@@ -119,7 +130,7 @@ def _fit(run: Any, config: TrainConfig, cache: str) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    filesystem, storage_path = _storage_of(config.storage)
+    filesystem, storage_path = arrow_filesystem(config.storage)
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]  # Ray 2.60 passes its return value on, its annotation says None
         train_loop_config={"config": config.training.model_dump(mode="json"), "run": str(run), "cache": cache},
@@ -152,14 +163,6 @@ def _scaling(config: TrainConfig) -> Any:
         use_gpu=gpu,
         resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
     )
-
-
-def _storage_of(storage: str) -> tuple[Any, str]:
-    """(pyarrow filesystem, path) for Ray Train; pyarrow takes the S3 endpoint from AWS_ENDPOINT_URL here only."""
-    import pyarrow.fs
-
-    path = to_path(storage)
-    return pyarrow.fs.FileSystem.from_uri(str(path) if not is_local(path) else path.as_posix())
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -269,7 +272,7 @@ class _ProgressWatch:
     def _read(self) -> dict[str, Any] | None:
         try:
             value: dict[str, Any] = read_json(self.path)
-        except FileNotFoundError:
+        except (OSError, IntegrityError):  # not there yet, or storage has a bad moment: the next look will tell
             return None
         return value
 
@@ -285,9 +288,9 @@ def _export(run: Any, config: TrainConfig, result: Any) -> dict[str, Any]:
     kept = {Path(checkpoint.path).name for checkpoint, _ in result.best_checkpoints} | {
         Path(result.checkpoint.path).name
     }
-    for orphan in run.glob("checkpoint_0*"):
-        if orphan.name not in kept:
-            orphan.fs.rm(orphan.path, recursive=True)
+    for name in list_names(run):
+        if name.startswith("checkpoint_0") and name not in kept:
+            remove_tree(run / name)
     wanted = ("epoch", "step", "loss", "val_mAP", "val_R@1")
     return {name: metrics[name] for name in wanted if name in metrics} | {"fingerprint": encoder.fingerprint}
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from audiomae.artifacts.embeddings import EmbedSettings
+from audiomae import s3
+from audiomae.artifacts.tables import EmbedSettings
 from audiomae.corpus import folders, listings, sources
 from audiomae.corpus.decode import decode
 from audiomae.corpus.manifest import clip_id, list_corpus, open_source
@@ -197,7 +198,7 @@ def test_keys_that_would_not_be_relative(s3_bucket: str) -> None:
     bucket = s3_bucket.removeprefix("s3://")
     keys = ["x//double.wav", "x/file:/b.wav", "x/http://c.wav", "x/d//e.wav", "x/./f.wav", "x/g?#*[.wav"]
     for number, key in enumerate(keys):
-        sources.s3_client().put_object(Bucket=bucket, Key=key, Body=sound(number))
+        s3.client().put_object(Bucket=bucket, Key=key, Body=sound(number))
     corpus = list_corpus(f"{s3_bucket}/x")
     rows = pa.concat_tables(corpus.batches()).to_pylist()
     assert len(rows) == len(keys) + 1
@@ -229,7 +230,7 @@ def test_s3_listing_pages(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(folders, "S3_PAGE_KEYS", 4)
     put(f"{s3_bucket}/x", *(f"{number:04d}.wav" for number in range(10)))
     bucket = s3_bucket.removeprefix("s3://")
-    sources.s3_client().put_object(Bucket=bucket, Key="x/folder_marker/", Body=b"")
+    s3.client().put_object(Bucket=bucket, Key="x/folder_marker/", Body=b"")
     assert uris(f"{s3_bucket}/x") == [f"{number:04d}.wav" for number in range(10)]
 
 
@@ -425,7 +426,7 @@ def test_packed_tar_is_refused(tmp_path: Path) -> None:
 
 def test_large_members_and_objects_are_read_in_ranges(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "WHOLE_BYTES", 500)
-    monkeypatch.setattr(sources, "RANGE_BYTES", 300)
+    monkeypatch.setattr(s3, "RANGE_BYTES", 300)
     shards(root)
     put(root, "plain.wav")
     source = open_source(root, "train-001.tar#000.left.wav")
@@ -481,11 +482,11 @@ class FlakyClient:
 
 def test_body_that_breaks_off_is_asked_for_again(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     put(s3_bucket, "a.wav")
-    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
-    client = FlakyClient(sources.s3_client(), ["short", "dropped", "short"])
-    monkeypatch.setattr(sources, "s3_client", lambda: client)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    client = FlakyClient(s3.client(), ["short", "dropped", "short"])
+    monkeypatch.setattr(s3, "client", lambda: client)
     assert open_source(s3_bucket, "a.wav") == sound()
-    client._faults[:] = ["dropped"] * sources.ATTEMPTS
+    client._faults[:] = ["dropped"] * s3.BODY_ATTEMPTS
     with pytest.raises(DecodeError, match="ReadFailed"):
         open_source(s3_bucket, "a.wav")
     client._faults[:] = ["denied"]

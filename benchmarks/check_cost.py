@@ -46,7 +46,7 @@ def main() -> None:
     files = parser.parse_args().files
     settings = EmbedSettings(fingerprint="f" * 64, dim=4, sample_rate=16_000, mode="windows", window_s=5, hop_s=5)
     with tempfile.TemporaryDirectory(prefix="audiomae-check-") as name:
-        source, out = Path(name) / "corpus", Path(name) / "out"
+        source, out = Path(name) / "corpus", str(Path(name) / "out")
         source.mkdir()
         write_corpus(source, files)
         began = time.perf_counter()

@@ -1,6 +1,5 @@
 """The clips of a run as one table: where their features lie, what is known of them, their side of the split."""
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,9 @@ from audiomae.config import nearest
 from audiomae.errors import ConfigError
 from audiomae.training.losses import UNLABELLED
 from audiomae.training.recipe import DataConfig, Where
+from audiomae.training.split import held_out
 
+CORPUS_ROOT = "corpus_root"  # metadata of items.parquet: what its uris are relative to
 LISTING_COLUMNS = ("uri", "size", "content_id")
 
 
@@ -59,7 +60,7 @@ def build_items(clips: pa.Table, listing: pa.Table, config: DataConfig, seed: in
     if config.val_filter:
         validation = matches(listing, config.val_filter, "val_filter")
     else:
-        validation = _held_out(listing["uri"].to_pylist(), columns["label"].to_pylist(), config.val_fraction, seed)
+        validation = held_out(listing["uri"].to_pylist(), columns["label"].to_pylist(), config.val_fraction, seed)
     columns["validation"] = pa.array(validation)
     items = clips.drop_columns(["error"]).join(pa.table(columns), "uri", join_type="inner")
     return items.sort_by([("uri", "ascending"), ("start_s", "ascending")]).combine_chunks()
@@ -76,16 +77,3 @@ def _text_column(listing: pa.Table, name: str | None) -> pa.ChunkedArray:
     if name is None or name not in listing.column_names:
         return pa.chunked_array([pa.nulls(len(listing), pa.string())])
     return pc.cast(listing[name], pa.string())
-
-
-def _held_out(uris: Sequence[str], labels: Sequence[str | None], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """The same share of each class, chosen by a hash of the uri: a file stays on its side when others come or go."""
-    chosen = np.zeros(len(uris), bool)
-    groups: dict[str | None, list[tuple[bytes, int]]] = {}
-    for row, (uri, label) in enumerate(zip(uris, labels, strict=True)):
-        rank = hashlib.blake2b(f"{seed}/{uri}".encode(), digest_size=8).digest()
-        groups.setdefault(label, []).append((rank, row))
-    for members in groups.values():
-        for _, row in sorted(members)[: round(fraction * len(members))]:
-            chosen[row] = True
-    return chosen

@@ -11,6 +11,7 @@ from audiomae.artifacts.embeddings import EmbeddingSet
 from audiomae.cli import Progress
 from audiomae.errors import ColumnError, ConfigError, UserError
 from audiomae.evaluation.baselines import BASELINES, RANDOM, centred, corpus_vectors
+from audiomae.evaluation.cautions import cautions, hubness, trained_files
 from audiomae.evaluation.rows import LabelledRows, read_rows
 from audiomae.evaluation.runs import RunResult, compare_runs, evaluate_rows
 from audiomae.storage import read_json, sha256_bytes, to_path, write_bytes, write_json
@@ -43,10 +44,13 @@ def run(config: EvaluateConfig) -> Evaluation:
         computed, skipped = _baseline_rows(subjects[0], sets[0], config)
         runs = [evaluate_rows(rows, config) for rows in [*subjects, *computed]]
         comparisons = compare_runs(runs[0], runs[1:])
+        warned = cautions(runs[0], trained_files(sets[0].encoder))
     except (ColumnError, ValueError) as error:
         raise UserError(str(error)) from None
-    metrics = _write(out, runs, comparisons, sets[0], [*notes, *skipped], config, inputs)
+    metrics = _write(out, runs, comparisons, sets[0], [*warned, *notes, *skipped], config, inputs)
     _print_table([run.as_dict() for run in runs])
+    for line in warned:
+        print(f"caution: {line}")
     print(f"report: {out}/report.html")
     return Evaluation(str(out), metrics, f"{out}/report.html")
 
@@ -166,7 +170,9 @@ def _write(
     """Pictures, report, and last metrics.json, which marks the evaluation as finished; returns what that holds."""
     from audiomae.evaluation.report import corpus_reader, draw_plots, render_report, worst_queries
 
+    hubs = hubness(runs[0])
     facts = {
+        "hubs": f"k-occurrence skew {hubs['skew']:.2f} (0 = none), {hubs['never']:.0%} of the rows never found",
         "embeddings": str(embeddings.path),
         "encoder": embeddings.encoder,
         "fingerprint": embeddings.fingerprint,
@@ -180,6 +186,7 @@ def _write(
     write_bytes(out / "report.html", render_report(runs, comparisons, pictures, worst, facts, notes).encode())
     metrics = {
         **runs[0].as_dict(),
+        "hubness": hubness(runs[0]),
         "others": {run.name: run.as_dict() for run in runs[1:]},
         "comparisons": comparisons,
         "worst_queries": [{"query": w.key, "label": w.label, "AP": w.average_precision} for w in worst],

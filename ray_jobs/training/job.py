@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from audiomae.artifacts.features import localise
+from audiomae.artifacts.features import FeatureStore, localise
 from audiomae.cli import Progress
 from audiomae.config import build_config, dump_config, flat
 from audiomae.errors import ConfigError, IntegrityError, UserError
@@ -31,8 +33,9 @@ from audiomae.storage import (
     write_bytes,
     write_json,
 )
-from audiomae.training.items import build_items
+from audiomae.training.items import CORPUS_ROOT, build_items
 from audiomae.training.recipe import Recipe
+from audiomae.training.split import cautions, repeated
 from ray_jobs._ray import connect
 from ray_jobs.configs import TrainConfig, TrainResult
 from ray_jobs.training.feature_cache import build_cache, list_files
@@ -41,6 +44,7 @@ from ray_jobs.training.fitting import fitted
 MAY_CHANGE = ("workers", "checkpoint")
 PROGRESS_FILE, RECEIPT = "progress.json", "train.json"
 PROGRESS_EVERY_S = 2.0
+MOST_COMPARED = 20_000  # clips
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -110,12 +114,15 @@ def _prepare(run: Any, config: TrainConfig) -> _Prepared:
     items = build_items(decoded, listing, config.data, config.seed)
     training = len(items) - int(pc.sum(items["validation"]).as_py() or 0)
     print(f"{len(items)} clips from {len(listing)} files: {training} to train on, {len(items) - training} held out")
+    steps = config.epochs * max(1, training // config.batch_size)
+    for line in cautions(items, steps, _copies(cache, items)):
+        print(f"caution: {line}")
     if training < 2:
         raise UserError(
             f"{config.corpus}: {training} clips are left to train on; check data.exclude and data.val_fraction"
         )
     table = io.BytesIO()
-    pq.write_table(items, table)
+    pq.write_table(items.replace_schema_metadata({CORPUS_ROOT: root}), table)
     path = run / "items.parquet"
     if path.exists() and not pq.read_table(io.BytesIO(read_bytes(path))).equals(items):
         raise UserError(
@@ -124,6 +131,14 @@ def _prepare(run: Any, config: TrainConfig) -> _Prepared:
     write_bytes(path, table.getvalue())
     write_bytes(run / "config.yaml", dump_config(config.training).encode())
     return _Prepared(cache, len(items), len(clips) - len(decoded))
+
+
+def _copies(cache: str, items: pa.Table) -> int:
+    """Held-out clips that are copies of trained ones, looked for where that takes a second."""
+    if len(items) > MOST_COMPARED or not is_local(to_path(cache)):
+        return 0
+    store = FeatureStore(localise(cache), items["shard"], items["first_frame"], items["frames"])
+    return repeated(store, np.asarray(items["validation"]))
 
 
 def _fit(run: Any, config: TrainConfig, cache: str) -> Any:

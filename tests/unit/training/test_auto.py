@@ -35,7 +35,7 @@ def test_a_newcomers_folder_of_short_labelled_clips() -> None:
     steps = config.epochs * (54 // config.batch_size)
     assert 200 <= steps <= 220, "seconds on two cores"
     larger, _ = chosen(CorpusFacts(320, [5.0] * 64, [44_100] * 64, dict.fromkeys(FOUR, 80)))
-    assert larger.epochs * (288 // 32) > 1000
+    assert larger.epochs * (288 // 32) >= 1500
 
 
 @pytest.mark.parametrize(

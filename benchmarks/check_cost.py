@@ -17,7 +17,8 @@ import soundfile
 
 from audiomae.artifacts.tables import EmbedSettings
 from audiomae.corpus.manifest import list_corpus
-from audiomae.embedding.plan import new_plan, normalise_listing
+from audiomae.embedding.listing import Listing
+from audiomae.embedding.plan import new_plan
 from audiomae.embedding.preflight import check
 
 RATE, SECONDS, SOURCES = 44_100, 5, 64
@@ -51,11 +52,13 @@ def main() -> None:
         write_corpus(source, files)
         began = time.perf_counter()
         corpus = list_corpus(str(source))
-        listing, _ = normalise_listing(corpus.batches())
+        listing = Listing(corpus.batches())
         listed = time.perf_counter()
-        new_plan(out, listing, settings, lambda uris: [None] * len(uris), encoder="e", corpus="c", root=corpus.root)
+        new_plan(
+            str(out), listing, settings, lambda uris: [None] * len(uris), encoder="e", corpus="c", root=corpus.root
+        )
         planned = time.perf_counter()
-        report = check(corpus.root, listing, settings, corpus.notes)
+        report = check(corpus.root, listing.table(), settings, corpus.notes)
         checked = time.perf_counter()
     result = {
         "files": files,

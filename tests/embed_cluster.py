@@ -111,7 +111,8 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
     from audiomae.artifacts.embeddings import EmbedSettings, write_run
     from audiomae.corpus.manifest import list_corpus
     from audiomae.embedding.decoding import EmbedJob
-    from audiomae.embedding.plan import new_plan, normalise_listing
+    from audiomae.embedding.listing import Listing
+    from audiomae.embedding.plan import new_plan
     from audiomae.embedding.stages import FusedStage
     from audiomae.model.encoder import AudioEncoder
 
@@ -124,7 +125,7 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
         window_s=window_s,
         hop_s=window_s,
     )
-    listing, _ = normalise_listing(listed.batches())
+    listing = Listing(listed.batches())
     named = {"encoder": str(encoder), "corpus": str(corpus), "root": listed.root}
     plan = new_plan(out, listing, settings, lambda uris: [None] * len(uris), **named)
     job = EmbedJob(out=str(out), encoder=str(encoder), root=listed.root, settings=settings, manifest=plan.manifest_hash)

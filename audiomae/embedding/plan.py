@@ -5,9 +5,9 @@ equal cost; the result is written once per generation as `manifest/items-*.parqu
 in force by creating `manifest/plan-NNNNNN.json` exclusively. `update.py` writes the next generations.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -20,10 +20,10 @@ from upath import UPath
 
 from audiomae.artifacts.embeddings import new_attempt, plans, read_latest_plan
 from audiomae.artifacts.receipts import FileEntry, Receipt, entry_of, read_file
-from audiomae.artifacts.tables import EmbedSettings, read_parquet
+from audiomae.artifacts.tables import EmbedSettings
 from audiomae.config import StrictConfig
-from audiomae.corpus.columns import own_names
-from audiomae.errors import UserError
+from audiomae.corpus.columns import RESERVED
+from audiomae.embedding.listing import Listing, ManifestHash
 from audiomae.storage import read_bytes, sha256_bytes, to_path, write_bytes
 
 OWN_COLUMNS = ("uri", "size", "content_id", "segment_start_s", "segment_end_s", "shard")
@@ -34,6 +34,8 @@ SHARD_COST_S = (300.0, 1800.0)
 SEGMENT_S = 1800.0
 PROBE_ABOVE_BYTES = 8 << 20
 ITEM_OVERHEAD_S = 1.0
+SUFFIX_LENGTH = 5
+WRITE_THREADS = 4
 # seconds of audio per byte, a guess that only balances shards
 BYTES_PER_S = {"wav": 64_000, "flac": 50_000, "aif": 64_000, "aiff": 64_000, "mp3": 16_000, "amr": 1_600}
 BYTES_PER_S_DEFAULT = 14_000
@@ -79,38 +81,14 @@ class Plan(StrictConfig):
         return Receipt({file["name"]: FileEntry(file["sha256"], file.get("bytes")) for file in self.files})
 
 
-def normalise_listing(batches: Iterator[pa.Table]) -> tuple[pa.Table, int]:
-    """One Arrow table sorted by uri, columns that clash with ours renamed; and how many duplicate uris were dropped.
-
-    Raises:
-        UserError: when nothing was listed.
-    """
-    tables = list(batches)
-    table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({"uri": []})
-    if not table.num_rows:
-        raise UserError("the corpus lists no audio files; check --corpus (a folder, glob, s3:// prefix or listing)")
-    names = own_names(table.column_names, keep=("uri", "size", "content_id", "tar_offset"))
-    table = table.rename_columns([names[name] for name in table.column_names])
-    table = table.sort_by("uri").combine_chunks()
-    uris = table["uri"]
-    first = np.ones(table.num_rows, bool)
-    first[1:] = pc.not_equal(uris.slice(1), uris.slice(0, table.num_rows - 1)).to_numpy(zero_copy_only=False)
-    return table.filter(pa.array(first)), int((~first).sum())
-
-
 def extra_columns(items: pa.Table) -> list[str]:
     """The corpus' own columns (label, fold, ...), which every embedding row carries."""
     return [name for name in items.column_names if name not in OWN_COLUMNS]
 
 
-def manifest_hash(listing: pa.Table) -> str:
-    """SHA-256 over uri, content identity and the corpus' own columns of every file, in uri order."""
-    columns = ["uri", "content_id", *extra_columns(listing)]
-    digest = hashlib.sha256("\x1f".join(columns).encode())
-    for batch in listing.select(columns).to_batches(max_chunksize=65_536):
-        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            digest.update(repr(row).encode())
-    return digest.hexdigest()
+def hashed_columns(listing: pa.Table) -> pa.Table:
+    """What the manifest hash covers: uri, content identity and the corpus' own columns."""
+    return listing.select(["uri", "content_id", *extra_columns(listing)])
 
 
 def build_items(listing: pa.Table, settings: EmbedSettings, probe: Probe) -> pa.Table:
@@ -156,30 +134,63 @@ def segments(duration_s: float, settings: EmbedSettings) -> list[tuple[float, fl
     return [*bounds[:-1], (bounds[-1][0], math.inf)]
 
 
-def pack(items: pa.Table, shard_cost_s: float | None = None) -> np.ndarray:
-    """Assign consecutive items to shards of about equal cost: `int64[N]`, ascending from 0.
-
-    The cost of an item is its guessed audio seconds plus an overhead; the target is a 256th of the whole, but no less
-    than 5 minutes (a commit must cost nothing) and no more than 30 (so must a lost shard).
-    """
+def costs(items: pa.Table) -> np.ndarray:
+    """float64[N]: guessed audio seconds of each item plus an overhead."""
     sizes = np.maximum(items["size"].to_numpy(zero_copy_only=False), 0).astype(np.float64)
-    extensions = pc.utf8_lower(pc.replace_substring_regex(items["uri"], r"^.*\.", ""))
-    encoded = extensions.combine_chunks().dictionary_encode()
-    rates = np.array(
-        [BYTES_PER_S.get(name, BYTES_PER_S_DEFAULT) for name in encoded.dictionary.to_pylist()], np.float64
-    )
+    ends = pc.utf8_lower(pc.utf8_slice_codeunits(items["uri"].combine_chunks(), start=-SUFFIX_LENGTH, stop=None))
+    encoded = pc.dictionary_encode(ends)
+    rates = np.array([_bytes_per_s(end) for end in encoded.dictionary.to_pylist()], np.float64)
     cost = sizes / rates[encoded.indices.to_numpy(zero_copy_only=False)]
     spans = np.subtract(*(items[f"segment_{side}_s"].to_numpy(zero_copy_only=False) for side in ("end", "start")))
     spans = np.where(np.isinf(spans), SEGMENT_S, spans)
-    cost = np.where(np.isnan(spans), cost, spans) + ITEM_OVERHEAD_S
-    target = shard_cost_s or float(np.clip(cost.sum() / TARGET_SHARDS, *SHARD_COST_S))
-    number = ((np.cumsum(cost) - cost / 2) / target).astype(np.int64)
-    return np.unique(number, return_inverse=True)[1]
+    return np.where(np.isnan(spans), cost, spans) + ITEM_OVERHEAD_S
+
+
+def _bytes_per_s(end: str) -> float:
+    return BYTES_PER_S.get(end.rpartition(".")[2], BYTES_PER_S_DEFAULT)
+
+
+class Packer:
+    """Assigns consecutive items to shards of about equal cost, however they are cut into tables.
+
+    The target is a 256th of the whole, but no less than 5 minutes (a commit must cost nothing) and no more than 30 (so
+    must a lost shard). Tables are held back until the target is known: at the end, or once it cannot be less than 30.
+    """
+
+    def __init__(self, shard_cost_s: float | None = None) -> None:
+        self._target = shard_cost_s
+        self._held: list[tuple[pa.Table, np.ndarray]] = []
+        self._total = 0.0
+        self._cost, self._number, self._shard = 0.0, -1, -1
+
+    def add(self, items: pa.Table) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """(items, int64[N] shard numbers ascending from 0) of what can be told by now."""
+        cost = costs(items)
+        self._held.append((items, cost))
+        self._total += float(cost.sum())
+        if self._target is None and self._total >= TARGET_SHARDS * SHARD_COST_S[1]:
+            self._target = SHARD_COST_S[1]
+        if self._target is not None:
+            yield from self._release(self._target)
+
+    def finish(self) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """What was held back."""
+        yield from self._release(self._target or float(np.clip(self._total / TARGET_SHARDS, *SHARD_COST_S)))
+
+    def _release(self, target: float) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        held, self._held = self._held, []
+        for items, cost in held:
+            reached = self._cost + np.cumsum(cost)
+            number = ((reached - cost / 2) / target).astype(np.int64)
+            steps = np.diff(number, prepend=self._number) > 0
+            shards = self._shard + np.cumsum(steps)
+            self._cost, self._number, self._shard = float(reached[-1]), int(number[-1]), int(shards[-1])
+            yield items, shards
 
 
 def new_plan(
     out: str | UPath,
-    listing: pa.Table,
+    listing: Listing,
     settings: EmbedSettings,
     probe: Probe,
     *,
@@ -190,20 +201,27 @@ def new_plan(
     windowing: str | None = None,
 ) -> Plan:
     """Plan a first run and put it in force (or return the one that another driver put in force first)."""
-    items = build_items(listing, settings, probe)
-    names = [f"000000-{number:06d}" for number in pack(items, shard_cost_s)]
+    writer = ItemsWriter(out, 0)
+    packer = Packer(shard_cost_s)
+    manifest = ManifestHash()
+    for part in listing.partitions():
+        manifest.update(hashed_columns(part))
+        for items, shards in packer.add(build_items(part, settings, probe)):
+            writer.write(items, shards)
+    for items, shards in packer.finish():
+        writer.write(items, shards)
     plan = Plan(
         generation=0,
         settings=settings,
         encoder=encoder,
         corpus=corpus,
         corpus_root=root,
-        manifest_hash=manifest_hash(listing),
+        manifest_hash=manifest.hexdigest(),
         files=[],
         shards=[],
         windowing=windowing,
     )
-    return publish_plan(out, plan, items.append_column("shard", pa.array(names, pa.string())), {})
+    return writer.publish(plan)
 
 
 def load_plan(out: str | UPath) -> Plan | None:
@@ -212,10 +230,28 @@ def load_plan(out: str | UPath) -> Plan | None:
     return Plan(**value) if value is not None else None
 
 
+def iter_items(out: str | UPath, plan: Plan, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The work items of a plan, in shard order, an items file at a time."""
+    receipt = plan.receipt
+    groups: dict[str, list[int]] = {name: [] for name in receipt.files}
+    for entry in plan.shards:
+        groups[entry.file].append(entry.group)
+    for name, wanted in groups.items():
+        data = pa.BufferReader(read_file(out, name, receipt, FIX_ITEMS))
+        file = pq.ParquetFile(data)
+        yield file.read(columns) if len(wanted) == file.num_row_groups else file.read_row_groups(wanted, columns)
+
+
 def read_items(out: str | UPath, plan: Plan) -> pa.Table:
     """All work items of a plan, in shard order."""
-    receipt = plan.receipt
-    return pa.concat_tables([read_parquet(read_file(out, name, receipt, FIX_ITEMS)) for name in receipt.files])
+    return pa.concat_tables(iter_items(out, plan), promote_options="permissive")
+
+
+def planned_listing(out: str | UPath, plan: Plan) -> Listing:
+    """The files of a plan as the listing they came from."""
+    names = ("segment_start_s", "segment_end_s", "shard")
+    tables = iter_items(out, plan)
+    return Listing((table.drop_columns(names) for table in tables), keep=RESERVED)
 
 
 def read_shard_items(out: str, entry: ShardEntry) -> pa.Table:
@@ -230,29 +266,85 @@ def _items_file(out: str, name: str, sha256: str | None) -> pq.ParquetFile:
     return pq.ParquetFile(pa.BufferReader(data))
 
 
-def publish_plan(out: str | UPath, plan: Plan, items: pa.Table, copies: dict[str, str]) -> Plan:
-    """Write the items, then create the plan file exclusively; the plan of whoever was first is returned."""
-    items = items.sort_by([("shard", "ascending"), ("uri", "ascending"), ("segment_start_s", "ascending")])
-    names, firsts, counts = np.unique(
-        items["shard"].to_numpy(zero_copy_only=False), return_index=True, return_counts=True
-    )
-    files: list[dict[str, Any]] = []
-    entries: list[ShardEntry] = []
-    attempt = new_attempt()
-    for start in range(0, len(names), SHARDS_PER_FILE):
-        name = f"manifest/items-{plan.generation:06d}-{len(files):05d}-{attempt}.parquet"
+class ItemsWriter:
+    """Writes the items of new shards, in order, to items files of `SHARDS_PER_FILE` row groups, a few at once.
+
+    Args:
+        out: the embedding folder.
+        generation: of the plan; shards are called after it.
+        first: number of the first shard.
+    """
+
+    def __init__(self, out: str | UPath, generation: int, first: int = 0) -> None:
+        self._out, self._generation, self._first = to_path(out), generation, first
+        self._attempt = new_attempt()
+        self._waiting: list[tuple[pa.Table, np.ndarray]] = []
+        self._pool = ThreadPoolExecutor(WRITE_THREADS)
+        self._written: list[Future[tuple[dict[str, Any], list[ShardEntry]]]] = []
+        self._bases: dict[int, str | None] = {}
+
+    def write(self, items: pa.Table, shards: np.ndarray, bases: Mapping[int, str | None] | None = None) -> None:
+        """Append items, with the number of the shard of each (ascending, going on where the last call ended).
+
+        Args:
+            items: sorted by uri and start within a shard.
+            shards: int64[N].
+            bases: shards whose rows are copied from another one.
+        """
+        self._bases |= bases or {}
+        while len(items):
+            file = int(shards[0]) // SHARDS_PER_FILE
+            if self._waiting and int(self._waiting[0][1][0]) // SHARDS_PER_FILE != file:
+                self._flush()
+            count = int(np.searchsorted(shards, (file + 1) * SHARDS_PER_FILE))
+            self._waiting.append((items.slice(0, count), shards[:count]))
+            items, shards = items.slice(count), shards[count:]
+
+    def publish(self, plan: Plan, kept: Sequence[ShardEntry] = ()) -> Plan:
+        """Create the plan file exclusively, with what was written and the `kept` shards; the plan of whoever was first
+        is returned."""
+        if self._waiting:
+            self._flush()
+        self._pool.shutdown()
+        before = {file["name"]: file for file in plan.files}
+        files = [before[name] for name in dict.fromkeys(entry.file for entry in kept)]
+        entries = list(kept)
+        for done in self._written:
+            file, own = done.result()
+            files.append(file)
+            entries += own
+        plan = plan.model_copy(update={"files": files, "shards": entries})
+        plans(self._out).create(plan.generation, plan.model_dump())
+        return Plan(**plans(self._out).read(plan.generation))
+
+    def _flush(self) -> None:
+        if len(self._written) >= WRITE_THREADS:  # no more than that many files wait in memory
+            self._written[-WRITE_THREADS].result()
+        number = len(self._written)
+        name = f"manifest/items-{self._generation:06d}-{number:05d}-{self._attempt}.parquet"
+        self._written.append(self._pool.submit(self._write_file, name, self._waiting))
+        self._waiting = []
+
+    def _write_file(
+        self, name: str, parts: list[tuple[pa.Table, np.ndarray]]
+    ) -> tuple[dict[str, Any], list[ShardEntry]]:
+        items = pa.concat_tables([table for table, _ in parts])
+        numbers, firsts = np.unique(np.concatenate([shards for _, shards in parts]), return_index=True)
+        counts = np.diff(firsts, append=items.num_rows)
+        names = [f"{self._generation:06d}-{self._first + number:06d}" for number in numbers]
+        column = pa.array(np.repeat(np.arange(len(names)), counts))
+        items = items.append_column("shard", pa.array(names, pa.string()).take(column)).combine_chunks()
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, items.schema, compression="zstd") as writer:
-            spans = list(zip(names, firsts, counts, strict=True))[start : start + SHARDS_PER_FILE]
-            for _, first, count in spans:
+            for first, count in zip(firsts, counts, strict=True):
                 writer.write_table(items.slice(int(first), int(count)), row_group_size=int(count))
         data = sink.getvalue().to_pybytes()
-        write_bytes(to_path(out) / name, data)
+        write_bytes(self._out / name, data)
         entry = ShardEntry(name="", file=name, file_sha256=sha256_bytes(data), group=0, items=0)
-        for group, (shard, _, count) in enumerate(spans):
-            own = {"name": str(shard), "group": group, "items": int(count), "base": copies.get(str(shard))}
-            entries.append(entry.model_copy(update=own))
-        files.append({"name": name, "rows": int(sum(count for _, _, count in spans)), **asdict(entry_of(data))})
-    plan = plan.model_copy(update={"files": files, "shards": entries})
-    plans(out).create(plan.generation, plan.model_dump())
-    return Plan(**plans(out).read(plan.generation))
+        entries = [
+            entry.model_copy(
+                update={"name": shard, "group": group, "items": int(count), "base": self._bases.get(int(number))}
+            )
+            for group, (shard, number, count) in enumerate(zip(names, numbers, counts, strict=True))
+        ]
+        return {"name": name, "rows": items.num_rows, **asdict(entry_of(data))}, entries

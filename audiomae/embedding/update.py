@@ -18,6 +18,7 @@ from audiomae.artifacts.embeddings import (
     ShardOrigin,
     ShardTables,
     commit_shard,
+    committed_shards,
     new_attempt,
     read_failures,
     read_receipt,
@@ -29,16 +30,18 @@ from audiomae.artifacts.embeddings import (
 from audiomae.artifacts.receipts import FileEntry, Receipt, read_file
 from audiomae.artifacts.tables import DECODE_NOTE, embedding_schema, read_parquet
 from audiomae.config import StrictConfig
+from audiomae.embedding.listing import Listing, ManifestHash
 from audiomae.embedding.plan import (
+    ItemsWriter,
+    Packer,
     Plan,
     Probe,
     ShardEntry,
     build_items,
     extra_columns,
-    manifest_hash,
-    pack,
-    publish_plan,
-    read_items,
+    hashed_columns,
+    iter_items,
+    planned_listing,
     read_shard_items,
 )
 from audiomae.errors import IntegrityError
@@ -65,86 +68,115 @@ class Difference(StrictConfig):
         return "; ".join(parts + ([self.columns] if self.columns else []))
 
 
-def difference(items: pa.Table, listing: pa.Table) -> Difference:
-    """What a fresh listing says against the items of the plan in force; content identity decides what changed."""
-    items = items.sort_by("uri")
-    first = np.ones(items.num_rows, bool)
-    uris = items["uri"].combine_chunks()
-    first[1:] = pc.not_equal(uris.slice(1), uris.slice(0, len(uris) - 1)).to_numpy(zero_copy_only=False)
-    old = items.filter(pa.array(first))
+def difference(out: str | UPath, plan: Plan, listing: Listing) -> Difference:
+    """What a fresh listing says against the items of the plan in force; content identity decides what changed.
+
+    Both go by in the order of their uris, a partition at a time.
+    """
+    planned = planned_listing(out, plan)
+    parts: list[Difference] = []
+    bounds: list[str | None] = [None]
+    waiting: pa.Table | None = None
+    for table in listing.partitions():
+        if waiting is not None:
+            bounds.append(table["uri"][0].as_py())
+            parts.append(_difference(planned.between(bounds[-2], bounds[-1]), waiting))
+        waiting = table
+    assert waiting is not None  # a listing has rows
+    parts.append(_difference(planned.between(bounds[-1], None), waiting))
+    names = ("new", "changed", "vanished", "relabelled")
+    lists = {name: [uri for part in parts for uri in getattr(part, name)] for name in names}
+    added, removed = (
+        sorted(set(extra_columns(one.schema.empty_table())) - set(extra_columns(other.schema.empty_table())))
+        for one, other in ((listing, planned), (planned, listing))
+    )
+    notes = [f"columns added: {', '.join(added)}"] if added else []
+    notes += [f"columns gone: {', '.join(removed)}"] if removed else []
+    return Difference(**lists, columns="; ".join(notes))
+
+
+def _difference(old: pa.Table, listing: pa.Table) -> Difference:
+    """Of one partition, but for columns that came or went."""
     where = pc.index_in(listing["uri"], old["uri"].combine_chunks())
     common = listing.filter(pc.is_valid(where))
     match = old.take(where.drop_null())
     same_content = _equal(common["content_id"], match["content_id"])
-    columns = [name for name in extra_columns(listing) if name in extra_columns(old)]
     same_columns = np.ones(common.num_rows, bool)
-    for name in columns:
-        same_columns &= _equal(common[name], match[name])
-    added, removed = (
-        sorted(set(extra_columns(a)) - set(extra_columns(b))) for a, b in ((listing, old), (old, listing))
-    )
-    notes = [f"columns added: {', '.join(added)}"] * bool(added) + [f"columns gone: {', '.join(removed)}"] * bool(
-        removed
-    )
+    for name in extra_columns(listing):
+        if name in old.column_names:
+            same_columns &= _equal(common[name], match[name])
     return Difference(
         new=listing.filter(pc.is_null(where))["uri"].to_pylist(),
         changed=common.filter(pa.array(~same_content))["uri"].to_pylist(),
         vanished=old.filter(pc.invert(pc.is_in(old["uri"], listing["uri"].combine_chunks())))["uri"].to_pylist(),
         relabelled=common.filter(pa.array(same_content & ~same_columns))["uri"].to_pylist(),
-        columns="; ".join(notes),
     )
 
 
 def updated_plan(
     out: str | UPath,
     plan: Plan,
-    listing: pa.Table,
+    listing: Listing,
     probe: Probe,
     *,
+    changes: Difference | None = None,
     redo: Sequence[str] = (),
     encoder: str,
     corpus: str,
     root: str,
     shard_cost_s: float | None = None,
 ) -> Plan:
-    """The next generation: new, changed and `redo` files go into new shards, everything else keeps its embeddings."""
-    old = read_items(out, plan)
-    diff = difference(old, listing)
+    """The next generation: new, changed and `redo` files go into new shards, everything else keeps its embeddings.
+
+    Shards that keep all their rows stay in the items files they are in: what is written is in proportion to the change.
+    """
+    diff = difference(out, plan, listing) if changes is None else changes
     generation = plan.generation + 1
-    todo = {*diff.new, *diff.changed, *redo}
-    dropped = {*diff.changed, *diff.vanished, *redo}
-    touched_uris = dropped | set(diff.relabelled) | (set(old["uri"].to_pylist()) if diff.columns else set())
-    touched = _shards_of(old, touched_uris)
+    todo = pa.array(sorted({*diff.new, *diff.changed, *redo}), pa.string())
+    dropped = pa.array(sorted({*diff.changed, *diff.vanished, *redo}), pa.string())
+    touched = _shards_of(out, plan, pa.array(sorted({*dropped.to_pylist(), *diff.relabelled}), pa.string()))
+    losing = _shards_of(out, plan, pa.array(sorted(diff.vanished), pa.string()))
+    if diff.columns:
+        touched = {entry.name for entry in plan.shards}
 
-    kept = old.filter(pc.invert(pc.is_in(old["uri"], pa.array(sorted(dropped), pa.string()))))
-    kept = _with_columns_of(listing, kept)
-    renamed = {name: f"{generation:06d}-{number:06d}" for number, name in enumerate(sorted(touched))}
-    shard = [renamed.get(name, name) for name in kept["shard"].to_pylist()]
-    kept = kept.set_column(kept.column_names.index("shard"), "shard", pa.array(shard, pa.string()))
-
-    fresh = listing.filter(pc.is_in(listing["uri"], pa.array(sorted(todo), pa.string())))
-    tables = [kept]
-    if fresh.num_rows:
-        items = build_items(fresh, plan.settings, probe)
-        names = [f"{generation:06d}-{len(renamed) + number:06d}" for number in pack(items, shard_cost_s)]
-        tables.append(items.append_column("shard", pa.array(names, pa.string())))
-    items = pa.concat_tables(tables, promote_options="permissive")
-
-    committed = read_receipts(out, [entry.name for entry in plan.shards])
+    committed = committed_shards(out)
     bases = {entry.name: entry.name if entry.name in committed else entry.base for entry in plan.shards}
-    copies = {renamed.get(name, name): base for name, base in bases.items() if base and base != renamed.get(name, name)}
-    losing = {base for name in _shards_of(old, set(diff.vanished)) if (base := bases[name])}
+    changing = [entry for entry in plan.shards if entry.name in touched]
+    writer = ItemsWriter(out, generation)
+    for number, entry in enumerate(changing):
+        items = read_shard_items(str(out), entry)
+        items = items.filter(pc.invert(pc.is_in(items["uri"], dropped)))
+        if items.num_rows:
+            shards = np.full(items.num_rows, number)
+            writer.write(_with_columns_of(listing, items), shards, {number: bases[entry.name]})
+
+    manifest, packer = ManifestHash(), Packer(shard_cost_s)
+    for part in listing.partitions():
+        manifest.update(hashed_columns(part))
+        fresh = part.filter(pc.is_in(part["uri"], todo))
+        if fresh.num_rows:
+            for items, shards in packer.add(build_items(fresh, plan.settings, probe)):
+                writer.write(items, shards + len(changing))
+    for items, shards in packer.finish():
+        writer.write(items, shards + len(changing))
     next_plan = plan.model_copy(
         update={
             "generation": generation,
             "encoder": encoder,
             "corpus": corpus,
             "corpus_root": root,
-            "manifest_hash": manifest_hash(listing),
-            "vanished": _write_vanished(out, plan, generation, sorted(losing), diff.vanished, listing),
+            "manifest_hash": manifest.hexdigest(),
+            "vanished": _write_vanished(
+                out,
+                plan,
+                generation,
+                sorted({base for name in losing if (base := bases[name])}),
+                diff.vanished,
+                listing,
+            ),
         }
     )
-    return publish_plan(out, next_plan, items, copies)
+    return writer.publish(next_plan, [entry for entry in plan.shards if entry.name not in touched])
 
 
 def copy_shard(out: str, plan: Plan, entry: ShardEntry) -> bool:
@@ -193,20 +225,25 @@ def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:
     return pc.or_(same, pc.and_(*missing)).to_numpy(zero_copy_only=False)
 
 
-def _shards_of(items: pa.Table, uris: set[str]) -> set[str]:
-    mask = pc.is_in(items["uri"], pa.array(sorted(uris), pa.string()))
-    return set(items.filter(mask)["shard"].to_pylist())
+def _shards_of(out: str | UPath, plan: Plan, uris: pa.Array) -> set[str]:
+    """The shards that hold items of these files."""
+    found: set[str] = set()
+    if len(uris):
+        for items in iter_items(out, plan, ["uri", "shard"]):
+            found.update(items.filter(pc.is_in(items["uri"], uris))["shard"].unique().to_pylist())
+    return found
 
 
-def _with_columns_of(listing: pa.Table, items: pa.Table) -> pa.Table:
-    rows = listing.take(pc.index_in(items["uri"], listing["uri"].combine_chunks()))
-    for name in ("segment_start_s", "segment_end_s", "shard"):
+def _with_columns_of(listing: Listing, items: pa.Table) -> pa.Table:
+    listed = listing.rows_of(items["uri"])
+    rows = listed.take(pc.index_in(items["uri"], listed["uri"].combine_chunks()))
+    for name in ("segment_start_s", "segment_end_s"):
         rows = rows.append_column(name, items[name])
     return rows
 
 
 def _write_vanished(
-    out: str | UPath, plan: Plan, generation: int, shards: list[str], uris: list[str], listing: pa.Table
+    out: str | UPath, plan: Plan, generation: int, shards: list[str], uris: list[str], listing: Listing
 ) -> dict[str, Any] | None:
     """All rows ever dropped because their file was gone, less those whose file is back."""
     columns = ["id", "uri", "start_s", "end_s"]
@@ -214,7 +251,8 @@ def _write_vanished(
     if plan.vanished:
         receipt = Receipt({plan.vanished["name"]: FileEntry(plan.vanished["sha256"])})
         earlier = read_parquet(read_file(out, plan.vanished["name"], receipt, FIX_RUN))
-        tables.append(earlier.filter(pc.invert(pc.is_in(earlier["uri"], listing["uri"].combine_chunks()))))
+        back = listing.rows_of(earlier["uri"])["uri"].combine_chunks()
+        tables.append(earlier.filter(pc.invert(pc.is_in(earlier["uri"], back))))
     for losing in read_receipts(out, shards).values():
         rows = read_shard(out, losing, columns)
         tables.append(rows.filter(pc.is_in(rows["uri"], pa.array(uris, pa.string()))))

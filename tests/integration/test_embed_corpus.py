@@ -207,7 +207,7 @@ def test_a_dry_run_predicts_and_writes_nothing(
     out = tmp_path / "out"
     assert main(["--encoder", str(encoder), "--corpus", str(corpus), "--out", str(out), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{GOOD + BAD} files") and any(line.startswith("predicted: ") for line in lines)
+    assert lines[1].startswith(f"{GOOD + BAD} files") and any(line.startswith("predicted: ") for line in lines)
     printed = dict(line.split(": ") for line in lines[lines.index(f"files: {GOOD + BAD}") :])
     assert {"audio_hours", "hours", "disk_gib", "memory_gib_per_worker"} <= set(printed)
     assert 0.3 < float(printed["audio_hours"]) * 3600 / 100 < 3 and float(printed["cpu_hours"]) > 0

@@ -12,7 +12,8 @@ import soundfile
 
 from audiomae.artifacts.embeddings import EmbeddingSet, EmbedSettings, write_run
 from audiomae.embedding.decoding import EmbedJob
-from audiomae.embedding.plan import new_plan, normalise_listing
+from audiomae.embedding.listing import Listing
+from audiomae.embedding.plan import new_plan
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 
@@ -59,7 +60,7 @@ def peak_mib(folder: Path, encoder: Path, seconds: int, mode: str) -> float:
     )
     table = {"uri": [source.name], "size": [source.stat().st_size], "content_id": ["c"]}
 
-    listing, _ = normalise_listing(iter([pa.table(table)]))
+    listing = Listing([pa.table(table)])
     named = {"encoder": str(encoder), "corpus": str(folder), "root": str(folder)}
     plan = new_plan(folder / "out", listing, settings, lambda uris: [float(seconds)] * len(uris), **named)
     job = EmbedJob(out=str(folder / "out"), encoder=str(encoder), root=str(folder), settings=settings, manifest="m")

@@ -11,7 +11,7 @@ import soundfile
 
 from audiomae.artifacts.tables import EmbedSettings
 from audiomae.corpus.manifest import list_corpus
-from audiomae.embedding.plan import normalise_listing
+from audiomae.embedding.listing import Listing
 from audiomae.embedding.preflight import as_text, check, sample_rows, suffixes_of
 from tests.audio_files import FFMPEG_CASES, encode, signal
 from tests.unit.corpus.test_tars import pack
@@ -23,8 +23,7 @@ TONE = np.sin(2 * np.pi * 440 * np.arange(4 * RATE) / RATE).astype(np.float32)
 
 def report_of(src: object, sample_files: int | None = None) -> dict[str, Any]:
     corpus = list_corpus(str(src))
-    listing, _ = normalise_listing(corpus.batches())
-    report = check(corpus.root, listing, SETTINGS, corpus.notes, sample_files)
+    report = check(corpus.root, Listing(corpus.batches()).table(), SETTINGS, corpus.notes, sample_files)
     assert json.loads(json.dumps(report)) == report and all(isinstance(line, str) for line in as_text(report))
     return report
 

@@ -18,18 +18,19 @@ from audiomae.artifacts.embeddings import (
 from audiomae.artifacts.tables import FAILURE_SCHEMA, EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
 from audiomae.embedding import plan as planning
+from audiomae.embedding.listing import Listing
 from audiomae.embedding.update import copy_shard, difference, updated_plan
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=2, sample_rate=16000, mode="windows", window_s=5, hop_s=5)
 NAMED: dict[str, Any] = {"encoder": "enc", "corpus": "src", "root": "/root", "shard_cost_s": 10}
 
 
-def listing(files: dict[str, str], **columns: list[Any]) -> pa.Table:
-    """{uri: content} -> a normalised listing."""
+def listing(files: dict[str, str], **columns: list[Any]) -> Listing:
+    """{uri: content} -> a listing."""
     table = pa.table(
         {"uri": list(files), "size": [160_000] * len(files), "content_id": list(files.values()), **columns}
     )
-    return planning.normalise_listing(iter([table]))[0]
+    return Listing([table])
 
 
 def no_probe(uris: list[str]) -> list[float | None]:
@@ -100,14 +101,14 @@ def contents(out: Path) -> dict[str, list[float]]:
 
 def test_an_unchanged_listing_does_not_differ(first: tuple[Path, planning.Plan, dict[str, str]]) -> None:
     out, plan, files = first
-    assert not difference(planning.read_items(out, plan), listing(files))
+    assert not difference(out, plan, listing(files))
 
 
 def test_an_update_embeds_only_what_is_new_or_changed(first: tuple[Path, planning.Plan, dict[str, str]]) -> None:
     out, plan, files = first
     del files["00.wav"], files["11.wav"]
     files |= {"07.wav": "v2", "new.wav": "v1"}
-    found = difference(planning.read_items(out, plan), listing(files))
+    found = difference(out, plan, listing(files))
     assert (found.new, found.changed, found.vanished) == (["new.wav"], ["07.wav"], ["00.wav", "11.wav"])
     assert "1 new (e.g. new.wav)" in found.describe()
 
@@ -156,7 +157,7 @@ def test_failed_files_alone_are_tried_again(first: tuple[Path, planning.Plan, di
 def test_new_labels_are_taken_over_without_embedding(first: tuple[Path, planning.Plan, dict[str, str]]) -> None:
     out, plan, files = first
     labelled = listing(files, label=[f"label{number % 2}" for number in range(20)])
-    assert "columns added: label" in difference(planning.read_items(out, plan), labelled).describe()
+    assert "columns added: label" in difference(out, plan, labelled).describe()
     plan = updated_plan(out, plan, labelled, no_probe, **NAMED)
     assert carry_out(out, plan) == []
     table = EmbeddingSet.open(out).read()
@@ -164,7 +165,7 @@ def test_new_labels_are_taken_over_without_embedding(first: tuple[Path, planning
         uri: f"label{int(uri[:2]) % 2}" for uri in table["uri"].to_pylist()
     }
     relabelled = listing(files, label=["label0"] * 20)
-    found = difference(planning.read_items(out, plan), relabelled)
+    found = difference(out, plan, relabelled)
     assert len(found.relabelled) == 10 and "10 with other columns" in found.describe()
 
 
@@ -188,8 +189,8 @@ def test_columns_are_compared_value_by_value(first: tuple[Path, planning.Plan, d
         "tags": [["a", str(number)] for number in range(20)],
     }
     plan = updated_plan(out, plan, listing(files, **columns), no_probe, **NAMED)
-    assert not difference(planning.read_items(out, plan), listing(files, **columns))
+    assert not difference(out, plan, listing(files, **columns))
     for name, row, value in (("fold", 3, 5), ("level", 4, 1.0), ("tags", 5, ["b"])):
         changed = {**columns, name: [value if number == row else old for number, old in enumerate(columns[name])]}
-        found = difference(planning.read_items(out, plan), listing(files, **changed))
+        found = difference(out, plan, listing(files, **changed))
         assert found.relabelled == [f"{row:02d}.wav"] and not found.changed

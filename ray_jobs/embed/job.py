@@ -1,6 +1,7 @@
 """The work of `ray_jobs/embed_corpus.py`: list, plan, carry out what is not committed yet, sum up."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from audiomae.artifacts.tables import FAILED, EmbedSettings, map_ahead
 from audiomae.corpus.manifest import Corpus, ReadAs, list_corpus
 from audiomae.corpus.survey import sampled_durations
 from audiomae.embedding.decoding import EmbedJob
-from audiomae.embedding.plan import Plan, load_plan, new_plan, normalise_listing, read_items
+from audiomae.embedding.listing import Listing
+from audiomae.embedding.plan import Plan, load_plan, new_plan
 from audiomae.embedding.preflight import as_text, check
 from audiomae.embedding.update import copy_shard, difference, updated_plan
 from audiomae.embedding.windowing import Windowing, fitting_windows
@@ -42,29 +44,47 @@ def run(config: EmbedConfig) -> EmbedResult:
     began = time.time()
     config = config.model_copy(update={"encoder": absolute(config.encoder)})
     encoder = load_encoder(config.encoder)
+    plan = load_plan(config.out)
+    if plan is not None and is_to_be_resumed(config, plan):
+        settings, windowing = embed_settings(config, encoder, plan, [])
+        print(describe(settings, windowing))
+        refuse_other_settings(config.out, plan.settings, settings)
+        print(f"going on with {plan.num_items:,} files as they were listed; --update looks for changes of the corpus")
+        return finish(config, plan, carry_out(config, plan, began))
     corpus = list_corpus(config.corpus, ReadAs(types=config.types, null_words=config.null_words))
-    listing, duplicates = normalise_listing(corpus.batches())
-    settings, windowing = embed_settings(config, encoder, corpus.root, listing)
+    listing = Listing(corpus.batches())
+    durations = sampled_durations(corpus.root, listing.sample()) if plan is None and config.window_s is None else []
+    settings, windowing = embed_settings(config, encoder, plan, durations)
     print(describe(settings, windowing))
-    if duplicates:
-        print(f"{duplicates:,} rows of the corpus repeat a uri; the first of each is used")
+    if listing.duplicates:
+        print(f"{listing.duplicates:,} rows of the corpus repeat a uri; the first of each is used")
     if config.check or config.dry_run:
-        report = check(corpus.root, listing, settings, corpus.notes, config.check_files)
-        print("\n".join(as_text(report)))
-        if config.check:
-            write_json(to_path(config.out) / "check.json", report)
-    else:
-        for line in corpus.notes.lines():
-            print(f"note: {line}")
-    if config.check and not config.dry_run:
-        return EmbedResult(config.out)
-    if config.dry_run:
-        estimated = estimate(config.encoder, settings, corpus.root, listing)
-        for name, value in estimated.items():
-            print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value:,}")
-        return EmbedResult(config.out, estimate=estimated)
-    plan = plan_in_force(config, settings, corpus, listing, windowing)
+        return look_ahead(config, settings, corpus, listing.table())
+    for line in corpus.notes.lines():
+        print(f"note: {line}")
+    plan = plan_in_force(config, plan, settings, corpus, listing, windowing)
     return finish(config, plan, carry_out(config, plan, began))
+
+
+def is_to_be_resumed(config: EmbedConfig, plan: Plan) -> bool:
+    """Whether a job was broken off: its plan then stands, and its corpus is not listed anew."""
+    if config.update or config.retry_failed or config.check or config.dry_run or config.corpus != plan.corpus:
+        return False
+    return not committed_shards(config.out).issuperset(entry.name for entry in plan.shards)
+
+
+def look_ahead(config: EmbedConfig, settings: EmbedSettings, corpus: Corpus, listing: pa.Table) -> EmbedResult:
+    """`check` and `dry_run`: say what the corpus is like and what embedding it would take."""
+    report = check(corpus.root, listing, settings, corpus.notes, config.check_files)
+    print("\n".join(as_text(report)))
+    if config.check:
+        write_json(to_path(config.out) / "check.json", report)
+    if not config.dry_run:
+        return EmbedResult(config.out)
+    estimated = estimate(config.encoder, settings, corpus.root, listing)
+    for name, value in estimated.items():
+        print(f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value:,}")
+    return EmbedResult(config.out, estimate=estimated)
 
 
 def absolute(encoder: str) -> str:
@@ -85,14 +105,13 @@ def load_encoder(encoder: str) -> AudioEncoder:
 
 
 def embed_settings(
-    config: EmbedConfig, encoder: AudioEncoder, root: str, listing: pa.Table
+    config: EmbedConfig, encoder: AudioEncoder, plan: Plan | None, durations_s: Sequence[float]
 ) -> tuple[EmbedSettings, str]:
     """What decides the vectors, and why the windows are as they are.
 
-    What the command does not say is as it was when the folder was begun; in a new folder windows fit the corpus and
-    silence is skipped.
+    What the command does not say is as it was when the folder was begun; in a new folder (no `plan`) windows fit the
+    corpus, of which some files have these lengths, and silence is skipped.
     """
-    plan = load_plan(config.out)
     said = {name: getattr(config, name) for name in KEPT_SETTINGS}
     given = {name: value for name, value in said.items() if value is not None}
     if plan is not None:
@@ -100,7 +119,7 @@ def embed_settings(
         chosen = Windowing(before.window_s, before.hop_s, "as this folder was begun")
         rest = before.model_dump(include={"last_window", *said})
     else:
-        chosen = fitting_windows(sampled_durations(root, listing) if config.window_s is None else [], encoder.window_s)
+        chosen = fitting_windows(durations_s, encoder.window_s)
         rest = {"last_window": "whole", "silence": "skip"}
     if config.window_s is not None:
         chosen = Windowing(config.window_s, config.hop_s or config.window_s, "as asked")
@@ -131,7 +150,12 @@ def describe(settings: EmbedSettings, reason: str) -> str:
 
 
 def plan_in_force(
-    config: EmbedConfig, settings: EmbedSettings, corpus: Corpus, listing: pa.Table, windowing: str = ""
+    config: EmbedConfig,
+    plan: Plan | None,
+    settings: EmbedSettings,
+    corpus: Corpus,
+    listing: Listing,
+    windowing: str = "",
 ) -> Plan:
     """The plan to carry out: a new one, the one that is there, or (`--update`, `--retry-failed`) its next generation.
 
@@ -150,11 +174,10 @@ def plan_in_force(
         "root": corpus.root,
         "shard_cost_s": shard_s,
     }
-    plan = load_plan(config.out)
     if plan is None:
         return new_plan(config.out, listing, settings, probe, windowing=windowing, **named)
     refuse_other_settings(config.out, plan.settings, settings)
-    changes = difference(read_items(config.out, plan), listing)
+    changes = difference(config.out, plan, listing)
     moved = plan.corpus_root != corpus.root
     if (changes or moved) and not config.update:
         what = changes.describe() or f"its root is {corpus.root}, it was {plan.corpus_root}"
@@ -166,7 +189,7 @@ def plan_in_force(
     if not (changes or moved or redo):
         return plan
     print(f"updating the plan: {changes.describe() or f'{len(redo):,} failed files again'}")
-    return updated_plan(config.out, plan, listing, probe, redo=redo, **named)
+    return updated_plan(config.out, plan, listing, probe, changes=changes, redo=redo, **named)
 
 
 def refuse_other_settings(out: str, old: EmbedSettings, new: EmbedSettings) -> None:

@@ -2,8 +2,8 @@
 
 A cache directory holds `shard-00000.npy` (float16[frames, mels], the clips of a shard end to end),
 `shard-00000.parquet` (one row per clip, or per file that could not be decoded) and `shard-00000.json`, the receipt,
-written last. Readers trust only shards with a receipt. Features are memory-mapped: all workers of a machine share one
-copy in memory.
+written last. Readers trust only shards whose files are what the receipt says. Features are memory-mapped: all workers
+of a machine share one copy in memory.
 """
 
 import hashlib
@@ -20,18 +20,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from audiomae.artifacts import receipts
+from audiomae.artifacts.receipts import FileEntry, Receipt, entry_of
+from audiomae.artifacts.tables import map_ahead, read_parquet
 from audiomae.errors import IntegrityError
-from audiomae.storage import (
-    copy_file,
-    is_local,
-    read_bytes,
-    read_json,
-    sha256_bytes,
-    to_path,
-    walk_files,
-    write_bytes,
-    write_json,
-)
+from audiomae.storage import Location, copy_file, is_local, list_names, to_path, write_bytes
 
 CLIP_SCHEMA = pa.schema(
     [
@@ -43,6 +36,10 @@ CLIP_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+
+
+FIX = "delete the shard's receipt (the .json beside it) and run the same command again to make it anew"
+UNSEALED = frozenset({"clips", "clips_sha256", "features_bytes", "features_sha256"})  # receipts of older versions
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,7 @@ def write_shard(cache: str, index: int, uris: Sequence[str], extract: Extract) -
 
 def pending_shards(cache: str, shards: int) -> list[int]:
     """Shard numbers without a receipt."""
-    root = to_path(cache)
-    present = {item.name for item in root.iterdir()} if root.exists() else set()
+    present = set(list_names(cache))
     return [index for index in range(shards) if f"{_stem(index)}.json" not in present]
 
 
@@ -111,38 +107,70 @@ def read_clips(cache: str, shards: int) -> pa.Table:
     """The rows of all shards with a `shard` column added, in shard order; failed files have an `error`.
 
     Raises:
-        IntegrityError: a shard is missing or its files do not match the receipt.
+        IntegrityError: a shard is missing or its table is not what the receipt says.
     """
-    root = to_path(cache)
-    tables = []
-    for index in range(shards):
-        stem = _stem(index)
-        if not (root / f"{stem}.json").exists():
-            raise IntegrityError(f"{root}: {stem} has no receipt, so it was not finished; run the same command again")
-        receipt = read_json(root / f"{stem}.json")
-        data = read_bytes(root / f"{stem}.parquet")
-        size = (root / f"{stem}.npy").stat().st_size
-        if sha256_bytes(data) != receipt["clips_sha256"] or size != receipt["features_bytes"]:
-            raise IntegrityError(
-                f"{root}/{stem}: the files do not match their receipt (features {size} bytes, expected "
-                f"{receipt['features_bytes']}); delete the cache directory and run again"
-            )
-        table = pq.read_table(io.BytesIO(data))
-        tables.append(table.append_column("shard", pa.array(np.full(len(table), index, np.int32))))
-    return pa.concat_tables(tables)
+
+    def read(index: int) -> pa.Table:
+        name = f"{_stem(index)}.parquet"
+        table = read_parquet(receipts.read_file(cache, name, read_receipt(cache, index), FIX))
+        return table.append_column("shard", pa.array(np.full(len(table), index, np.int32)))
+
+    return pa.concat_tables(map_ahead(read, range(shards), ahead=16))
+
+
+def read_receipt(cache: Location, index: int) -> Receipt:
+    """The receipt of one shard, in today's form for older caches too.
+
+    Raises:
+        IntegrityError: there is none, or it is damaged.
+    """
+    stem, root = _stem(index), to_path(cache)
+    path = root / f"{stem}.json"
+    try:
+        value = receipts.read_sealed(path, UNSEALED, FIX)
+    except FileNotFoundError:
+        raise IntegrityError(
+            f"{root}: {stem} has no receipt, so it was not finished; run the same command again"
+        ) from None
+    if "facts" in value:
+        return Receipt.decode(value, path)
+    files = {
+        f"{stem}.npy": FileEntry(value["features_sha256"], value["features_bytes"]),
+        f"{stem}.parquet": FileEntry(value["clips_sha256"]),
+    }
+    return Receipt(files, {"clips": value["clips"]})
+
+
+def verify_features(cache: Location, shards: Iterable[int]) -> None:
+    """Check the features of these shards. IntegrityError names the first file that is missing, cut or changed."""
+
+    def check(index: int) -> None:
+        name = f"{_stem(index)}.npy"
+        receipts.verify(cache, read_receipt(cache, index), [name], FIX)
+
+    for _ in map_ahead(check, shards):
+        pass
 
 
 def localise(cache: str) -> Path:
-    """A local directory with the shards of `cache`: itself when local, else a copy kept for the next run."""
+    """A local directory with the features of `cache`: itself when local, else a copy kept for the next run.
+
+    A copy that is not what the receipt says is fetched again.
+    """
     root = to_path(cache)
     if is_local(root):
         return Path(str(root))
     target = Path(tempfile.gettempdir()) / "audiomae-features" / root.name
-    for name, item in walk_files(root):
-        if name.endswith(".npy"):
-            copy = target / name
-            if not copy.exists() or copy.stat().st_size != item.stat().st_size:
-                copy_file(item, copy)
+    for name in list_names(root):
+        if name.startswith("shard-") and name.endswith(".json"):
+            index = int(name.removeprefix("shard-").removesuffix(".json"))
+            if not (target / name).exists():
+                copy_file(root / name, target / name)
+            try:
+                verify_features(target, [index])
+            except IntegrityError:
+                for suffix in (".npy", ".json"):
+                    copy_file(root / (_stem(index) + suffix), target / (_stem(index) + suffix))
     return target
 
 
@@ -152,14 +180,17 @@ class FeatureStore:
     Args:
         cache: local cache directory.
         shard, first_frame, frames: int[N], where each clip lies.
+
+    Raises:
+        IntegrityError: a file of features is not what its receipt says.
     """
 
     def __init__(self, cache: Path, shard: npt.ArrayLike, first_frame: npt.ArrayLike, frames: npt.ArrayLike) -> None:
         self.shard, self.first_frame = np.asarray(shard), np.asarray(first_frame)
         self.frames = np.asarray(frames)
-        self._maps = {
-            int(index): np.load(cache / f"{_stem(int(index))}.npy", mmap_mode="r") for index in np.unique(self.shard)
-        }
+        used = np.unique(self.shard).tolist()
+        verify_features(cache, used)
+        self._maps = {index: np.load(cache / f"{_stem(index)}.npy", mmap_mode="r") for index in used}
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -184,16 +215,18 @@ def _stem(index: int) -> str:
 
 
 def _commit_shard(cache: str, index: int, features: npt.NDArray[np.float16], clips: pa.Table) -> None:
+    """Write the files of a shard, then its receipt.
+
+    Raises:
+        IntegrityError: another process committed the shard meanwhile, with other bytes than those now there.
+    """
     root, stem = to_path(cache), _stem(index)
     array, table = io.BytesIO(), io.BytesIO()
     np.save(array, features)
     pq.write_table(clips, table)
-    write_bytes(root / f"{stem}.npy", array.getvalue())
-    write_bytes(root / f"{stem}.parquet", table.getvalue())
-    receipt = {
-        "clips": len(clips),
-        "clips_sha256": sha256_bytes(table.getvalue()),
-        "features_bytes": len(array.getvalue()),
-        "features_sha256": sha256_bytes(array.getvalue()),
-    }
-    write_json(root / f"{stem}.json", receipt)
+    files = {f"{stem}.npy": array.getvalue(), f"{stem}.parquet": table.getvalue()}
+    for name, data in files.items():
+        write_bytes(root / name, data)
+    receipt = Receipt({name: entry_of(data) for name, data in files.items()}, {"clips": len(clips)})
+    if not receipts.create(root / f"{stem}.json", receipt):
+        receipts.verify(root, read_receipt(cache, index), fix=FIX)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audiomae.artifacts.features import cache_key, pending_shards, read_clips, write_shard
+from audiomae.artifacts.features import cache_key, pending_shards, read_clips, verify_features, write_shard
 from audiomae.cli import Progress
 from audiomae.corpus.manifest import list_corpus
 from audiomae.errors import UserError
@@ -57,6 +57,7 @@ def build_cache(
             progress.done = sum(len(uris) for index, uris in enumerate(shards) if index not in set(todo))
             for count in _extract(str(path), [(index, shards[index]) for index in todo], root, features, clip_s):
                 progress.update(count)
+    verify_features(path, set(range(len(shards))) - set(todo))
     clips = read_clips(str(path), len(shards))
     failed = clips.filter(pc.is_valid(clips["error"]))
     for row in failed.slice(0, MAX_REASONS).to_pylist():

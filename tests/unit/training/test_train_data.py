@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from audiomae.artifacts import features
+from audiomae import storage
+from audiomae.artifacts import features, receipts
 from audiomae.artifacts.features import FeatureStore, Segment
 from audiomae.errors import ConfigError, IntegrityError
 from audiomae.training import items
@@ -58,12 +59,54 @@ def test_only_shards_with_a_receipt_count(cache):
         features.read_clips(str(cache), 2)
 
 
-@pytest.mark.parametrize("name", ["shard-00000.npy", "shard-00000.parquet"])
-def test_a_damaged_shard_is_refused(cache, name):
-    path = cache / name
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(IntegrityError, match="do not match their receipt"):
-        features.read_clips(str(cache), 2)
+def test_infinities_put_into_cached_features_are_refused_by_name(cache):
+    clips = features.read_clips(str(cache), 2)
+    array = np.load(cache / "shard-00000.npy", mmap_mode="r+")
+    array.reshape(-1)[:2000] = np.inf
+    array.flush()
+    with pytest.raises(IntegrityError, match=r"shard-00000\.npy: damaged: got sha256 .*: delete the shard's receipt"):
+        FeatureStore(cache, clips["shard"], clips["first_frame"], clips["frames"])
+    FeatureStore(cache, [1], [0], [1])  # what is not read need not be whole
+
+
+def test_a_damaged_table_or_receipt_is_refused(cache):
+    for name in ("shard-00001.parquet", "shard-00001.json"):
+        whole = (cache / name).read_bytes()
+        (cache / name).write_bytes(whole[:-8])
+        with pytest.raises(IntegrityError, match=rf"{name}: damaged"):
+            features.read_clips(str(cache), 2)
+        (cache / name).write_bytes(whole)
+    features.read_clips(str(cache), 2)
+
+
+def test_caches_of_older_versions_stay_readable(cache):
+    for index in (0, 1):
+        path = cache / f"shard-{index:05d}.json"
+        npy, table = (receipts.entry_of_file(path.with_suffix(suffix)) for suffix in (".npy", ".parquet"))
+        old = {"features_sha256": npy.sha256, "features_bytes": npy.bytes, "clips_sha256": table.sha256, "clips": 3}
+        storage.write_json(path, old)
+    clips = features.read_clips(str(cache), 2)
+    good = clips.filter(pa.compute.is_null(clips["error"]))
+    assert len(FeatureStore(cache, good["shard"], good["first_frame"], good["frames"])) == 4
+
+
+def test_a_copy_of_a_cache_on_s3_is_kept_and_fetched_again_when_damaged(cache, s3_bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(features.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
+    storage.copy_tree(cache, f"{s3_bucket}/features/abc")
+    copy = features.localise(f"{s3_bucket}/features/abc")
+    before = (copy / "shard-00000.npy").stat().st_ino
+    (copy / "shard-00001.npy").write_bytes(b"half")
+    assert features.localise(f"{s3_bucket}/features/abc") == copy
+    features.verify_features(copy, [0, 1])
+    assert (copy / "shard-00000.npy").stat().st_ino == before
+
+
+def test_a_second_writer_of_other_bytes_is_told(cache):
+    def louder(uri):
+        return [Segment(0.0, 1.0, np.ones((4, BANDS)))]
+
+    with pytest.raises(IntegrityError, match=r"shard-00001\.(npy|parquet): damaged"):
+        features.write_shard(str(cache), 1, ["b/nan", "c/3"], louder)
 
 
 def listing(**columns) -> pa.Table:

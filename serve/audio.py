@@ -37,7 +37,9 @@ def decode_query(
     Raises:
         Problem: 413, 415 or 422 with the decoder's reason; 422 `bad_region` when the file has nothing there.
     """
-    limits = DecodeLimits(max_duration_s=args.max_audio_s, cpu_base_s=args.max_decode_s, cpu_per_audio_s=0.0)
+    limits = DecodeLimits(
+        on_damage="fail", max_duration_s=args.max_audio_s, cpu_base_s=args.max_decode_s, cpu_per_audio_s=0.0
+    )
     start_s, given = region.start_s or 0.0, False
     try:
         for window in iter_windows(source, sample_rate, window_s, window_s, start_s, region.end_s, limits=limits):

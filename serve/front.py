@@ -45,7 +45,7 @@ def connect() -> None:
     context = click.get_current_context(silent=True)
     given: dict[str, Any] = dict(context.params) if context is not None else {}
     address = given.get("address") or os.environ.get("RAY_ADDRESS") or None
-    if address is None or address == "auto":
+    if address in (None, "auto", "local"):  # Ray may be started here, and its processes inherit this environment
         for name, value in proxy.environment().items():
             os.environ.setdefault(name, value)
     options: dict[str, Any] = {"namespace": "serve"}

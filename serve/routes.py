@@ -1,7 +1,7 @@
 """The HTTP surface: every route, its parameters and its answer. What happens behind them is in `service`."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,9 @@ from fastapi import FastAPI, Header, Query, Request
 from pydantic import ValidationError
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from serve import access, answers, media, openapi, problems
 from serve.audio import clip_vector
@@ -87,9 +89,23 @@ def create_app(service: SearchService, metrics: ApiMetrics, backstage: Backstage
     _search_routes(app, service, metrics)
     _item_routes(app, service)
     _operation_routes(app, service, backstage)
-    openapi.install(app)
-    app.mount("/", StaticFiles(directory=STATIC, html=True), name="page")
+    openapi.install(app, lambda: service.serving_now)
+    app.router.routes.append(Page(list(app.routes)))
     return app
+
+
+class Page(Mount):
+    """The page at `/`, for every path that no route of the API has: those answer 405 to other methods themselves."""
+
+    def __init__(self, others: Sequence[BaseRoute]) -> None:
+        super().__init__("/", StaticFiles(directory=STATIC, html=True), name="page")
+        self._others = others
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """As `Mount`, after the API."""
+        if any(route.matches(scope)[0] is not Match.NONE for route in self._others):
+            return Match.NONE, {}
+        return super().matches(scope)
 
 
 def _search_routes(app: FastAPI, service: SearchService, metrics: ApiMetrics) -> None:

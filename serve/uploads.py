@@ -110,7 +110,7 @@ class _Body:
         self.size = 0
         self._started: float | None = None
         self._whole = False
-        self._spread = random.uniform(0.9, 1.1)  # so that clients stalled together are not given up in one burst
+        self._spread = random.uniform(0.75, 1.25)  # so that clients stalled together are not given up in one burst
 
     async def receive(self) -> Message:
         if self._whole:

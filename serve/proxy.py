@@ -22,6 +22,7 @@ CLIENT_TIMEOUT_S = 75  # between two pieces of a request or an answer
 MAX_CONNECTIONS = 5_000
 BUFFER_BYTES = 32_768  # longest request line and headers; the service refuses less than that with 431
 DRAIN_S = 2
+CHECK_TIMEOUT_S = 60  # a busy machine is slow, not ill
 ERRORS = {
     400: ("bad_request", "the request is not valid HTTP, or its headers are too long"),
     408: ("header_timeout", f"the request's headers did not come within {HEADER_TIMEOUT_S} s"),
@@ -56,6 +57,8 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "30",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(CHECK_TIMEOUT_S),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(CHECK_TIMEOUT_S),
     }
 
 

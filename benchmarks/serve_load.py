@@ -1,0 +1,364 @@
+"""The service under load, beside what its parts cost without it: latency, overload, stalled clients, fairness.
+
+    python benchmarks/serve_load.py                     # generated sounds; starts the service and stops it
+    python benchmarks/serve_load.py --index INDEX --audio clip.wav
+
+One run measures, on one machine: the bare calls in a process of their own (decode, encode, search), an empty route of
+the same service (/healthz), and the service at 1, 8 and 64 clients; then an open loop at ten times what it can do, a
+thousand clients that stop in the middle of their request, and short clips beside four ten-minute uploads.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import numpy as np
+import soundfile
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "docs" / "benchmarks" / "serve_load.json"
+CLIENTS = (1, 8, 64)
+RATE = 16_000
+LONG_S, LONG_UPLOADS = 600, 4
+STALLED = 1000
+OVERLOAD = 10
+
+Ask = Callable[[aiohttp.ClientSession], Awaitable[tuple[int, dict[str, str]]]]
+
+
+@dataclass
+class Sample:
+    """What clients saw: milliseconds of the answered, statuses, seconds it lasted."""
+
+    answered_ms: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    refused: int = 0
+    refused_well: int = 0
+    seconds: float = 0.0
+
+    def take(self, status: int, headers: dict[str, str], milliseconds: float) -> None:
+        """Note one answer."""
+        self.statuses[status] += 1
+        if status == 200:
+            self.answered_ms.append(milliseconds)
+            return
+        self.refused += 1
+        problem = headers.get("Content-Type") == "application/problem+json"
+        self.refused_well += problem and (status not in (429, 503) or "Retry-After" in headers)
+
+    def summary(self) -> dict[str, Any]:
+        """Percentiles and rates."""
+        times = self.answered_ms or [float("nan")]
+        p50, p95, p99 = (round(float(value), 2) for value in np.percentile(times, [50, 95, 99]))
+        return {
+            "p50_ms": p50,
+            "p95_ms": p95,
+            "p99_ms": p99,
+            "answered_per_s": round(len(self.answered_ms) / max(self.seconds, 1e-9), 1),
+            "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
+            "refusals_with_problem_and_retry_after": f"{self.refused_well} of {self.refused}",
+        }
+
+
+def main() -> None:
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", help="an INDEX; default: one of generated sounds and an untrained encoder")
+    parser.add_argument("--audio", help="the clip to search with; default: five generated seconds")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement (default 5)")
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", default=str(OUT))
+    args = parser.parse_args()
+    if args.bare:
+        print(json.dumps(bare(args.index, Path(args.audio).read_bytes(), args.seconds)))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        index = args.index or make_index(Path(work))
+        clip = Path(args.audio) if args.audio else Path(work) / "clip.wav"
+        if not args.audio:
+            clip.write_bytes(sound(5.0))
+        alone = subprocess.run(
+            [
+                sys.executable,
+                __file__,
+                "--bare",
+                "--index",
+                index,
+                "--audio",
+                str(clip),
+                "--seconds",
+                str(args.seconds),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
+        report: dict[str, Any] = {
+            "cpus": os.cpu_count(),
+            "load_before": os.getloadavg(),
+            "bare": json.loads(alone.stdout),
+        }
+        port = free_port()
+        service = start(index, port)
+        try:
+            report |= asyncio.run(measure(f"http://127.0.0.1:{port}", port, clip.read_bytes(), args.seconds))
+        finally:
+            os.killpg(service.pid, signal.SIGTERM)
+            service.wait()
+    report["load_after"] = os.getloadavg()
+    report["ratios"] = ratios(report)
+    Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+def bare(index_dir: str, data: bytes, seconds: float) -> dict[str, Any]:
+    """The calls that a query needs, without a service: milliseconds, and queries a second in a loop."""
+    from audiomae import AudioEncoder, AudioIndex
+    from audiomae.corpus.decode import iter_windows
+
+    index = AudioIndex.open(index_dir)
+    encoder = AudioEncoder.load(str(index.encoder_dir), device="cpu")
+    window_s = index.release.info["corpora"][0].get("window_s") or encoder.window_s
+    vector = np.random.default_rng(0).normal(size=(1, index.dim)).astype(np.float32)
+    hundred = np.random.default_rng(0).normal(size=(100, index.dim)).astype(np.float32)
+
+    def query() -> None:
+        windows = [window.samples for window in iter_windows(data, encoder.sample_rate, window_s, window_s)]
+        _ = index.search(encoder.embed(windows).mean(axis=0), k=10).items
+
+    calls = {
+        "search": lambda: index.search(vector, k=10).items,
+        "search_100_vectors": lambda: index.search(hundred, k=10).items,
+        "decode_encode_search": query,
+    }
+    found = {}
+    for name, call in calls.items():
+        for _ in range(5):
+            call()
+        times, until = [], time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        found[name] = {"p50_ms": round(1000 * float(np.median(times)), 3), "per_s": round(len(times) / sum(times), 1)}
+    return found
+
+
+async def measure(url: str, port: int, clip: bytes, seconds: float) -> dict[str, Any]:
+    """Everything that is asked of the running service."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(120)) as http:
+        dim = (await (await http.get("/release")).json())["dim"]
+        one, hundred = (np.random.default_rng(0).normal(size=(count, dim)).round(6).tolist() for count in (1, 100))
+        asks = {
+            "empty_route": get("/healthz"),
+            "search_vector": post_json("/search/vector", {"vectors": one, "k": 10}),
+            "search_100_vectors": post_json("/search/vector", {"vectors": hundred, "k": 10}),
+            "search": post_file("/search", clip),
+        }
+        report: dict[str, Any] = {name: {} for name in asks}
+        for name, ask in asks.items():
+            await closed_loop(http, ask, 1, 1.0)
+            for clients in CLIENTS:
+                report[name][str(clients)] = (await closed_loop(http, ask, clients, seconds)).summary()
+        peak = max(report["search"][str(clients)]["answered_per_s"] for clients in CLIENTS)
+        report["overload"] = {
+            "at_capacity": (await open_loop(http, asks["search"], peak, 2 * seconds)).summary(),
+            "offered_per_s": OVERLOAD * peak,
+            "at_ten_times": (await open_loop(http, asks["search"], OVERLOAD * peak, 2 * seconds)).summary(),
+        }
+        await asyncio.sleep(2)
+        report["stalled_clients"] = await stalled(http, port, seconds)
+        report["fairness"] = await fairness(http, asks["search"], seconds)
+        return report
+
+
+async def closed_loop(http: aiohttp.ClientSession, ask: Ask, clients: int, seconds: float) -> Sample:
+    """So many clients, each asking again when it has its answer."""
+    sample, began = Sample(), time.perf_counter()
+
+    async def client() -> None:
+        while time.perf_counter() - began < seconds:
+            await timed(http, ask, sample)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    sample.seconds = time.perf_counter() - began
+    return sample
+
+
+async def open_loop(http: aiohttp.ClientSession, ask: Ask, per_s: float, seconds: float) -> Sample:
+    """Requests at a rate, whether the earlier ones were answered or not; goodput is over the time they are sent in."""
+    sample, began = Sample(), time.perf_counter()
+    tasks = []
+    for number in range(int(per_s * seconds)):
+        await asyncio.sleep(max(0.0, began + number / per_s - time.perf_counter()))
+        tasks.append(asyncio.create_task(timed(http, ask, sample)))
+    sample.seconds = time.perf_counter() - began
+    await asyncio.gather(*tasks)
+    return sample
+
+
+async def timed(http: aiohttp.ClientSession, ask: Ask, sample: Sample) -> None:
+    """One request; a connection that breaks counts as status 0."""
+    began = time.perf_counter()
+    try:
+        status, headers = await ask(http)
+    except aiohttp.ClientError:
+        status, headers = 0, {}
+    sample.take(status, headers, 1000 * (time.perf_counter() - began))
+
+
+async def stalled(http: aiohttp.ClientSession, port: int, seconds: float) -> dict[str, Any]:
+    """/healthz while a thousand clients have sent headers and five bytes of their body."""
+    request = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=B\r\n"
+    request += b"Content-Length: 100000\r\n\r\n--B\r\n"
+    writers = []
+    for _ in range(STALLED):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        writers.append(writer)
+    await asyncio.sleep(1)
+    sample = await closed_loop(http, get("/healthz"), 1, seconds)
+    for writer in writers:
+        writer.close()
+    return {"clients": STALLED, "healthz": sample.summary()}
+
+
+async def fairness(http: aiohttp.ClientSession, ask: Ask, seconds: float) -> dict[str, Any]:
+    """A short clip's latency alone and beside four uploads of ten minutes."""
+    alone = await closed_loop(http, ask, 1, seconds)
+    upload = post_file("/search", sound(LONG_S, "FLAC"))
+    others = Sample()
+    tasks = [asyncio.create_task(timed(http, upload, others)) for _ in range(LONG_UPLOADS)]
+    await asyncio.sleep(1)
+    beside = Sample()
+    began = time.perf_counter()
+    while not all(task.done() for task in tasks):
+        await timed(http, ask, beside)
+    beside.seconds = time.perf_counter() - began
+    return {
+        "alone": alone.summary(),
+        "beside_four_uploads": beside.summary(),
+        "uploads_s": [round(value / 1000, 1) for value in others.answered_ms],
+        "uploads": {str(status): count for status, count in others.statuses.items()},
+    }
+
+
+def get(path: str) -> Ask:
+    """GET."""
+
+    async def ask(http: aiohttp.ClientSession) -> tuple[int, dict[str, str]]:
+        async with http.get(path) as reply:
+            await reply.read()
+            return reply.status, dict(reply.headers)
+
+    return ask
+
+
+def post_json(path: str, value: Any) -> Ask:
+    """POST of JSON that was encoded once."""
+    return _post(path, json.dumps(value).encode(), "application/json")
+
+
+def post_file(path: str, data: bytes) -> Ask:
+    """POST of a form with a file that was encoded once."""
+    head = b'--B\r\nContent-Disposition: form-data; name="file"; filename="clip"\r\n\r\n'
+    return _post(path, head + data + b"\r\n--B--\r\n", "multipart/form-data; boundary=B")
+
+
+def _post(path: str, body: bytes, kind: str) -> Ask:
+    async def ask(http: aiohttp.ClientSession) -> tuple[int, dict[str, str]]:
+        async with http.post(path, data=body, headers={"Content-Type": kind}) as reply:
+            await reply.read()
+            return reply.status, dict(reply.headers)
+
+    return ask
+
+
+def ratios(report: dict[str, Any]) -> dict[str, float]:
+    """The figures that have a bar."""
+    bare_ms = {name: value["p50_ms"] for name, value in report["bare"].items()}
+    empty = report["empty_route"]["1"]["p50_ms"]
+    at = {name: report[name]["1"]["p50_ms"] for name in ("search_vector", "search_100_vectors", "search")}
+    overload, fair = report["overload"], report["fairness"]
+    peak = overload["offered_per_s"] / OVERLOAD
+    found = {
+        "search_vector / (bare search + empty route)": at["search_vector"] / (bare_ms["search"] + empty),
+        "search_100_vectors / (bare + empty route)": at["search_100_vectors"] / (bare_ms["search_100_vectors"] + empty),
+        "search / bare decode+encode+search": at["search"] / bare_ms["decode_encode_search"],
+        "search at 64 clients / bare loop": report["search"]["64"]["answered_per_s"]
+        / report["bare"]["decode_encode_search"]["per_s"],
+        "accepted p99 at 10x / at capacity": overload["at_ten_times"]["p99_ms"] / overload["at_capacity"]["p99_ms"],
+        "goodput at 10x / peak": overload["at_ten_times"]["answered_per_s"] / peak,
+        "short clip beside four uploads / alone": fair["beside_four_uploads"]["p50_ms"] / fair["alone"]["p50_ms"],
+    }
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def make_index(work: Path) -> str:
+    """Two hundred generated sounds, an untrained encoder of the smallest kind, published."""
+    sys.path.insert(0, str(ROOT / "tests" / "integration"))
+    import serving
+
+    corpus = work / "corpus"
+    for label in serving.CLASSES:
+        (corpus / label).mkdir(parents=True)
+        for variant in range(50):
+            noise = np.random.default_rng(variant).normal(0, 0.01, 2 * RATE).astype(np.float32)
+            soundfile.write(corpus / label / f"{variant}.wav", serving.sound(label, variant % 12) + noise, RATE)
+    serving.publish_release(work / "index", corpus, serving.make_encoder(), work / "staging")
+    return str(work / "index")
+
+
+def sound(seconds: float, format: str = "WAV") -> bytes:
+    """Noise with a tone in it, as the bytes of a file."""
+    times = np.arange(round(seconds * RATE)) / RATE
+    samples = 0.2 * np.sin(2 * np.pi * 440 * times) + np.random.default_rng(0).normal(0, 0.05, len(times))
+    file = io.BytesIO()
+    soundfile.write(file, samples.astype(np.float32), RATE, format=format)
+    return file.getvalue()
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(index: str, port: int) -> subprocess.Popen[bytes]:
+    """`serve run` in a session of its own; returns when it is ready."""
+    command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", "serve.app:build"]
+    command += [f"index={index}", f"port={port}"]
+    with tempfile.TemporaryFile() as log:
+        service = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        until = time.monotonic() + 300
+        while time.monotonic() < until and service.poll() is None:
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=10).status_code == 200:
+                    return service
+            except httpx.HTTPError:
+                pass
+            time.sleep(1)
+        log.seek(0)
+        raise SystemExit(f"the service did not start:\n{log.read().decode()[-3000:]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,8 @@ from pydantic.fields import FieldInfo
 
 from audiomae.errors import ConfigError
 
+LIKE_ENOUGH, SIBLING_BONUS = 0.7, 0.15  # a misspelt key is more often one of its neighbours than one elsewhere
+
 
 class StrictConfig(BaseModel):
     """Base of every config: immutable, no unknown keys, defaults checked like given values."""
@@ -170,12 +172,18 @@ def meant_keys(cls: type[BaseModel], name: str) -> list[str]:
     same = [key.name for key in keys if words == key.last or words in (key.extra("aka") or ())]
     if same:
         return same
-    siblings = _fields_at(cls, parent.split(".") if parent else [])
-    close = difflib.get_close_matches(words, siblings, n=1, cutoff=0.5)
-    if close:
-        return [f"{parent}.{close[0]}" if parent else close[0]]
-    spellings = {spelling: key.name for key in reversed(keys) for spelling in (key.last, *(key.extra("aka") or ()))}
-    return [spellings[found] for found in difflib.get_close_matches(words, spellings, n=2, cutoff=0.75)]
+    siblings = {
+        name: f"{parent}.{name}" if parent else name for name in _fields_at(cls, parent.split(".") if parent else [])
+    }
+    anywhere = {spelling: key.name for key in reversed(keys) for spelling in (key.last, *(key.extra("aka") or ()))}
+    scored = [(_likeness(words, name) + SIBLING_BONUS, found) for name, found in siblings.items()]
+    scored += [(_likeness(words, name), found) for name, found in anywhere.items()]
+    best = max(scored, default=(0.0, ""))
+    return [best[1]] if best[0] > LIKE_ENOUGH else []
+
+
+def _likeness(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second).ratio()
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -203,13 +211,17 @@ def _explain(cls: type[BaseModel], detail: Any) -> str:
     key = ".".join(location) or "(top level)"
     if detail["type"] != "extra_forbidden":
         return f"config key {key!r}: {detail['msg']}, got {detail.get('input')!r}"
-    meant = meant_keys(cls, key)
+    given = detail.get("input")
+    names = list(flat({key: given})) if isinstance(given, Mapping) and given else [key]
+    return "\n".join(_unknown(cls, name) for name in names)
+
+
+def _unknown(cls: type[BaseModel], name: str) -> str:
+    meant = meant_keys(cls, name)
     if meant:
-        hint = "; did you mean " + " or ".join(repr(name) for name in meant[:3]) + "?"
-    else:
-        fields = _fields_at(cls, location[:-1])
-        hint = f"; valid names: {', '.join(sorted(fields))}" if fields else ""
-    return f"unknown config key {key!r}{hint}"
+        return f"unknown config key {name!r}; did you mean " + " or ".join(repr(found) for found in meant[:3]) + "?"
+    fields = _fields_at(cls, name.split(".")[:-1]) or list(cls.model_fields)
+    return f"unknown config key {name!r}; valid names: {', '.join(sorted(fields))}"
 
 
 def _without_tags(cls: type[BaseModel], location: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ CONFIG_SECTIONS: tuple[tuple[str, str, type[BaseModel], tuple[type[BaseModel], .
     ("Embedding", "`ray_jobs/embed_corpus.py`", configs.EmbedConfig, ()),
     ("Building an index", "`ray_jobs/build_index.py`", configs.BuildConfig, ()),
     ("Evaluation", "`ray_jobs/evaluate_retrieval.py`", configs.EvaluateConfig, ()),
-    ("All in a row", "`ray_jobs/pipeline.py`", configs.PipelineConfig, (configs.StageOptions,)),
+    ("All in a row", "`ray_jobs/pipeline.py`", configs.PipelineConfig, (configs.Recipe,)),
     ("Demo", "`ray_jobs/demo.py`", configs.DemoConfig, (configs.StageOptions,)),
     ("Queries to a running service", "`ray_jobs/demo_queries.py`", configs.QueryConfig, ()),
     ("Ablation", "`ray_jobs/ablation.py`", configs.AblationConfig, (configs.Recipe,)),
@@ -72,12 +72,8 @@ def config_page() -> str:
         inherited = {key.name for base in without for key in config_keys(base)}
         lines += [f"## {title}", "", f"{where}: {_first_paragraph(config)}", ""]
         if inherited:
-            also = "the keys of training" + (
-                " and the sections `embed`, `index` and `evaluate` with those of the later stages"
-                if configs.StageOptions in without
-                else ""
-            )
-            lines += [f"Beside these keys it takes {also}, above.", ""]
+            also = "in a row" if configs.StageOptions in without else "training"
+            lines += [f"Beside these it takes the keys of {also}, above.", ""]
         lines += ["| key | value | default | what it is |", "|---|---|---|---|"]
         lines += [_row(key) for key in config_keys(config) if key.name not in inherited]
         lines.append("")

@@ -8,10 +8,32 @@ import pytest
 
 from audiomae.config import config_keys
 from audiomae.errors import ConfigError
-from ray_jobs import ablation, build_index, demo, demo_queries, embed_corpus, evaluate_retrieval, pipeline, reference, train
+from ray_jobs import (
+    ablation,
+    build_index,
+    demo,
+    demo_queries,
+    embed_corpus,
+    evaluate_retrieval,
+    pipeline,
+    reference,
+    train,
+)
 
 JOBS = (train, embed_corpus, build_index, evaluate_retrieval, pipeline, demo, demo_queries, ablation)
-HEAVY = ("torch", "torchaudio", "timm", "ray", "faiss", "pyarrow", "numpy", "pandas", "librosa", "transformers", "fsspec")
+HEAVY = (
+    "torch",
+    "torchaudio",
+    "timm",
+    "ray",
+    "faiss",
+    "pyarrow",
+    "numpy",
+    "pandas",
+    "librosa",
+    "transformers",
+    "fsspec",
+)
 LIGHT = """
 import contextlib, importlib, io, sys
 import audiomae
@@ -38,7 +60,7 @@ def test_every_setting_says_what_it_is(job) -> None:
 
 @pytest.mark.parametrize("job", [job for job in JOBS if job is not demo], ids=lambda job: job.__name__)
 def test_what_is_missing_is_named_with_an_example(job) -> None:
-    for argv in ([], ["--set", "seed=1"] if job is not demo_queries else ["--k", "1"]):
+    for argv in ([], ["--k", "1"] if job is demo_queries else ["--device" if job is embed_corpus else "--seed", "1"]):
         with pytest.raises(ConfigError) as error:
             job.main(argv)
         assert f"{job.COMMAND.script} needs --" in str(error.value)
@@ -73,10 +95,10 @@ def test_train_alone_names_the_recipes() -> None:
     ],
 )
 def test_a_key_at_the_wrong_place_leads_to_the_right_one(job, name: str, meant: str) -> None:
-    needed = [word for key in config_keys(job.COMMAND.config) if key.field.is_required() for word in (key.name, "x")]
-    flags = [f"--{word}" if place % 2 == 0 else word for place, word in enumerate(needed) if "." not in needed[place]]
+    required = [key.name for key in config_keys(job.COMMAND.config) if key.field.is_required() and "." not in key.name]
+    needed = [word for key in required for word in (f"--{key}", "x")]
     with pytest.raises(ConfigError) as error:
-        job.COMMAND.parse([*flags[: len(flags) // 2 * 2], "--set", f"{name}=1"])
+        job.COMMAND.parse([*needed, "--set", f"{name}=1"])
     assert f"unknown config key '{name}'" in str(error.value) and f"'{meant}'" in str(error.value)
 
 

@@ -15,6 +15,7 @@ def python_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
 
 
+@pytest.mark.timeout(900)
 def test_the_whole_line_in_python(ray_cluster, tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = [block for block in python_blocks() if "train(" in block]
     assert len(block.strip().splitlines()) <= MAX_LINES

@@ -7,7 +7,7 @@ from typing import Literal
 from audiomae.errors import DecodeError
 
 OnDamage = Literal["salvage", "fail"]
-MERGE_S = 0.25
+MERGE_S = 0.05
 """Lost spans of one kind nearer than this are one row: a bad sector takes many packets."""
 MAX_SPANS = 100
 HEARD_SHARE = 0.01
@@ -40,11 +40,12 @@ class DecodeReport:
     cancelled: list[tuple[float, float]] = field(default_factory=list)
 
     def add(self, span: LostSpan) -> None:
-        """Add a span, joined to the one before where they are of one kind and (almost) touch."""
+        """Add a span, joined to the one before where they overlap, or are of one kind and almost touch."""
         if self.lost:
             last = self.lost[-1]
-            near = last.end_s is not None and span.start_s - last.end_s <= MERGE_S
-            if (near and last.error_class == span.error_class) or len(self.lost) >= MAX_SPANS:
+            apart_s = span.start_s - last.end_s if last.end_s is not None else 0.0
+            near = apart_s < 0 or (apart_s <= MERGE_S and last.error_class == span.error_class)
+            if near or len(self.lost) >= MAX_SPANS:
                 ends = [end for end in (last.end_s, span.end_s) if end is not None]
                 end = max(ends) if len(ends) == 2 else None
                 self.lost[-1] = LostSpan(last.start_s, end, last.error_class, last.message, last.stage)

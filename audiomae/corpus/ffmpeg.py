@@ -4,13 +4,14 @@ Time is the file's: 0 is the first timestamp of any of its streams. Within the s
 
 - a jump ahead (lost packets, a recorder that paused) is silence of that length and a lost span;
 - a jump back by more than `OVERLAP_S` (files joined end to end, each counting from 0) goes on where the last one ended;
-- smaller differences are the rounding of the container and move nothing;
+- smaller differences are the rounding of the container and move nothing (but in Ogg and FLAC, which count samples);
 - a packet that does not decode costs its own span, known by the timestamp of the next good frame.
 
 A track that begins after the others (a video whose sound sets in later) has `origin_s`; its frames count from there.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import av
@@ -28,8 +29,11 @@ FORMATS = (
 )
 OWN_LENGTHS = ("mov,", "asf", "caf", "wav", "w64", "wv", "tta", "ape", "flac", "ogg", "aiff", "dsf", "iff")
 """Formats whose streams declare a length that can be held against what is there."""
-TIMED = ("mov,", "matroska", "mpegts", "mpeg", "flv", "asf", "avi", "ogg", "rm")
-"""Formats whose packets carry timestamps; the others' are counted from the packets before."""
+TIMED = ("mov,", "matroska", "mpegts", "mpeg", "flv", "asf", "avi", "ogg", "rm", "flac")
+"""Formats whose packets say where they belong; the others' timestamps are counted from the packets before."""
+
+COUNTED = ("ogg", "flac")
+"""Formats whose timestamps count samples, so that a frame which begins before the last one ends repeats some."""
 
 JITTER_S = 0.015
 OVERLAP_S = 0.25
@@ -68,6 +72,7 @@ class AvReader:
         codec = f"{self._name.split(',')[0]}/{context.name}"
         native = rate or context.sample_rate or 0
         self.info = AudioInfo(native, context.channels or 0, codec, self._declared(native), exact_seek=False)
+        self._frames: Iterator[_Heard] = self._decoded()
         self.origin_s = self._origin()
 
     def _audio_stream(self) -> Any:
@@ -95,11 +100,16 @@ class AvReader:
         start, zero = self._stream.start_time, self._container.start_time
         if start is None or zero is None or len(self._container.streams) == 1:
             return 0.0
-        late_s = start * self._tick_s - max(0.0, zero / av.time_base)
-        return late_s if late_s > LATE_S else 0.0
+        zero_s = max(0.0, zero / av.time_base)
+        if start * self._tick_s - zero_s <= LATE_S:
+            return 0.0
+        first = next(self._frames)  # an encoder's run-in, which nobody hears, counts in the stream's start
+        self._frames = chain([first], self._frames)
+        time_s = start * self._tick_s if first.time_s is None else first.time_s
+        return max(0.0, time_s - zero_s)
 
     def blocks(self, start: int, stop: int | None) -> Iterator[np.ndarray]:
-        """See `Reader.blocks`."""
+        """See `Reader.blocks`; once for each time the file is opened."""
         position = 0
         for samples in self._joined():
             first, position = position, position + len(samples)
@@ -125,9 +135,9 @@ class AvReader:
 
     def _placed(self) -> Iterator[np.ndarray]:
         """Decoded frames, float32[frames, width], silence where there are none."""
-        rate, line = self.info.sample_rate, _Line(self._name.startswith(TIMED), self.info.sample_rate)
+        rate, line = self.info.sample_rate, _Line(self._name, self.info.sample_rate)
         run: _Run | None = None
-        for frame, time_s, failure in _settled(self._decoded()):
+        for frame, time_s, failure in _settled(self._frames):
             if frame is None:
                 line.failed(failure)
                 break
@@ -137,6 +147,8 @@ class AvReader:
                     yield from run.finish()
                 run = _Run(frame.sample_rate, rate, samples.shape[1])
             gap = line.gap(time_s, failure)
+            if gap < 0:
+                samples, gap = samples[round(-gap * frame.sample_rate / rate) :], 0
             if gap:
                 yield from run.finish()
                 text = failure.why if failure else f"no sound for {gap / rate:.2f} s by the file's own timestamps"
@@ -238,8 +250,8 @@ def _settled(heard: Iterator[_Heard]) -> Iterator[_Heard]:
 class _Line:
     """Where the next frame belongs, in frames from the first one's timestamp."""
 
-    def __init__(self, timed: bool, rate: int) -> None:
-        self._timed, self._rate = timed, rate
+    def __init__(self, name: str, rate: int) -> None:
+        self._timed, self._counted, self._rate = name.startswith(TIMED), name.startswith(COUNTED), rate
         self._zero_s: float | None = None
         self.exact = 0.0
         self.failure: str | None = None
@@ -250,7 +262,7 @@ class _Line:
         return round(self.exact)
 
     def gap(self, time_s: float | None, failure: _Failure | None) -> int:
-        """Frames of silence before the frame with this timestamp."""
+        """Frames of silence before the frame with this timestamp; less than 0: how many of its own repeat others."""
         if time_s is None:
             return 0
         if self._zero_s is None:
@@ -259,7 +271,8 @@ class _Line:
         if ahead_s < -OVERLAP_S or ahead_s > MAX_GAP_S:
             self._zero_s += ahead_s
             return 0
-        if ahead_s <= (0.002 if failure else JITTER_S) or not (self._timed or failure):
+        counted = self._counted and ahead_s < -JITTER_S
+        if not counted and (ahead_s <= (0.002 if failure else JITTER_S) or not (self._timed or failure)):
             return 0
         return round((time_s - self._zero_s) * self._rate) - self.at
 

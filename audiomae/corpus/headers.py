@@ -5,18 +5,15 @@ corrects a length that a dead recorder or a pipe left behind, says how many byte
 the files whose whole length only FFmpeg reads.
 """
 
-import re
 import struct
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from audiomae.corpus import ogg
+
 HEAD_BYTES = 16 << 10
-OGG_PAGE_BYTES = 65_307  # at most
-OGG_WHOLE_BYTES = 8 << 20  # ogg files up to this size are looked through whole, larger ones at OGG_PLACES places
-OGG_PLACES = 64
 MAX_CHUNKS = 256
 UNKNOWN_BYTES = 0x7FFFF000  # and above: a pipe's "I do not know yet"
-OGG_BOS = re.compile(rb"OggS\x00[\x02\x03\x06\x07]")
 
 
 @dataclass
@@ -31,6 +28,8 @@ class Facts:
     """The sample that the last, broken page of an Ogg file would have ended on."""
     joined: str | None = None
     """Why libsndfile would not read the file to its end."""
+    empty: bool = False
+    """It declares no samples, and what follows is well-formed and none."""
     patches: dict[int, bytes] = field(default_factory=dict)
     """Bytes to put over the header, by offset."""
 
@@ -116,7 +115,7 @@ def _wav(file: BinaryIO, head: bytes, size: int) -> Facts:
     if ds64 is not None and declared == 0xFFFFFFFF:
         declared = struct.unpack_from("<Q", head, ds64 + 8)[0]
     if data.length == 0 and _only_chunks(file, data.at, size, layout):
-        return Facts()  # it holds no samples, and says so
+        return Facts(empty=True)
     facts, length = _length(declared, data.at, size)
     if length is None:
         return facts
@@ -152,7 +151,7 @@ def _aiff(file: BinaryIO, head: bytes, size: int) -> Facts:
     if data is None:
         return Facts()
     if data.length == 0 and _only_chunks(file, data.at, size, RIFX_CHUNK):
-        return Facts()
+        return Facts(empty=True)
     facts, length = _length(data.length, data.at, size, least=8)
     if length is None:
         return facts
@@ -203,61 +202,15 @@ def _w64(file: BinaryIO, head: bytes, size: int) -> Facts:
     return Facts()
 
 
-# --- Ogg --------------------------------------------------------------------------------------------------------------
+# --- Ogg, FLAC and MP3 ------------------------------------------------------------------------------------------------
 
 
 def _ogg(file: BinaryIO, size: int) -> Facts:
-    if size <= OGG_WHOLE_BYTES:
-        file.seek(0)
-        data = file.read()
-        tail, joined = data[-2 * OGG_PAGE_BYTES :], _has_second_start(data)
-    else:
-        file.seek(size - 2 * OGG_PAGE_BYTES)
-        tail = file.read()
-        joined = _is_out_of_order(file, size)
-    facts = Facts(joined="several Ogg streams one after the other" if joined else None)
-    page = tail[tail.rfind(b"OggS") :]
-    if page.startswith(b"OggS"):
-        length = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
-        if length > len(page):
-            facts.missing = f"the last page breaks off, {length - len(page)} bytes are missing"
-            granule = struct.unpack_from("<q", page, 6)[0] if len(page) >= 14 else -1
-            facts.granule = granule if granule > 0 else None
+    facts = Facts(joined=ogg.irregular(file, size))
+    if cut := ogg.broken_off(file, size):
+        facts.missing = cut[0]
+        facts.granule = cut[1] if cut[1] > 0 else None
     return facts
-
-
-def _has_second_start(data: bytes) -> bool:
-    """Whether a stream begins after the first page that begins none."""
-    at = 0
-    while data[at : at + 4] == b"OggS" and len(data) > at + 27 and data[at + 5] & 2:
-        at += 27 + data[at + 26] + sum(data[at + 27 : at + 27 + data[at + 26]])
-    return OGG_BOS.search(data, at) is not None
-
-
-def _is_out_of_order(file: BinaryIO, size: int) -> bool:
-    """Whether pages here and there in a long file show another stream, or a position that went back."""
-    serials: set[int] = set()
-    position = -1
-    for place in range(OGG_PLACES):
-        file.seek(size * place // OGG_PLACES)
-        data = file.read(2 * OGG_PAGE_BYTES)
-        at = data.find(b"OggS\x00")
-        if at < 0 or len(data) < at + 18:
-            continue
-        granule, serial = struct.unpack_from("<qI", data, at + 6)
-        if place == 0:
-            serials = {struct.unpack_from("<I", data, found.start() + 14)[0] for found in OGG_BOS.finditer(data[:-18])}
-            continue
-        if serial not in serials:
-            return True
-        if len(serials) == 1 and granule >= 0:
-            if granule < position:
-                return True
-            position = granule
-    return False
-
-
-# --- FLAC and MP3 -----------------------------------------------------------------------------------------------------
 
 
 def _flac(file: BinaryIO, head: bytes, size: int) -> Facts:
@@ -265,43 +218,47 @@ def _flac(file: BinaryIO, head: bytes, size: int) -> Facts:
     if len(head) < 26 or head[4] & 0x7F:
         return Facts()
     total = int.from_bytes(head[21:26], "big") & 0xFFFFFFFFF
-    file.seek(max(0, size - HEAD_BYTES * 4))
+    file.seek(max(0, size - 4 * HEAD_BYTES))
     tail = file.read()
-    at = tail.rfind(b"\xff\xf8"), tail.rfind(b"\xff\xf9")
-    block = int.from_bytes(head[10:12], "big")
+    place = len(tail)
     for _ in range(64):
-        place = max(at)
+        place = max(tail.rfind(b"\xff\xf8", 0, place), tail.rfind(b"\xff\xf9", 0, place))
         if place < 0:
             break
-        first = flac_position(tail[place:], block)
-        if first is not None:
-            return Facts(joined=f"its header counts {total} samples, there are more" if first >= total else None)
-        at = tail.rfind(b"\xff\xf8", 0, place), tail.rfind(b"\xff\xf9", 0, place)
+        frame = flac_frame(tail[place : place + 16], int.from_bytes(head[10:12], "big"))
+        if frame is not None:
+            wrong = sum(frame) > total
+            return Facts(joined=f"its header counts {total} samples, there are {sum(frame)}" if wrong else None)
     return Facts()
 
 
-def flac_position(frame: bytes, block: int = 0) -> int | None:
-    """The number of a FLAC frame's first sample; `None` where `frame` does not start with a sound frame header.
+def flac_frame(header: bytes, block: int) -> tuple[int, int] | None:
+    """(number of its first sample, samples) of the FLAC frame that starts with these 16 bytes; `None` if none does.
 
     Args:
         block: samples per frame of a stream with frames of one size (its STREAMINFO has it).
     """
-    if len(frame) < 16 or frame[0] != 0xFF or frame[1] & 0xFE != 0xF8:
+    if len(header) < 16 or header[0] != 0xFF or header[1] & 0xFE != 0xF8:
         return None
-    size_code, rate_code = frame[2] >> 4, frame[2] & 15
-    ones = 8 - (frame[4] ^ 0xFF).bit_length()  # the number is coded as UTF-8 codes characters
+    size_code, rate_code = header[2] >> 4, header[2] & 15
+    ones = 8 - (header[4] ^ 0xFF).bit_length()  # the number is coded as UTF-8 codes characters
     more = max(0, ones - 1)
-    if size_code == 0 or rate_code == 15 or frame[3] & 1 or ones in (1, 8):
+    if size_code == 0 or rate_code == 15 or header[3] & 1 or ones in (1, 8):
         return None
-    number = frame[4] & 0x7F >> ones
-    for byte in frame[5 : 5 + more]:
+    number = header[4] & 0x7F >> ones
+    for byte in header[5 : 5 + more]:
         if byte & 0xC0 != 0x80:
             return None
         number = number << 6 | byte & 0x3F
-    end = 5 + more + {6: 1, 7: 2}.get(size_code, 0) + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
-    if len(frame) <= end or _crc8(frame[:end]) != frame[end]:
+    extra = {6: 1, 7: 2}.get(size_code, 0)
+    end = 5 + more + extra + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    if len(header) <= end or _crc8(header[:end]) != header[end]:
         return None
-    return number if frame[1] & 1 else number * block
+    if extra:
+        count = 1 + int.from_bytes(header[5 + more : 5 + more + extra], "big")
+    else:
+        count = 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
+    return (number if header[1] & 1 else number * block), count
 
 
 def _crc8(data: bytes) -> int:
@@ -314,7 +271,7 @@ def _crc8(data: bytes) -> int:
 
 
 def has_mp3_length(file: BinaryIO) -> bool:
-    """Whether an MP3 says how long it is: a Xing, Info or VBRI header in its first frame. Keeps the file's position."""
+    """Whether an MP3 says how long it is in the way libsndfile knows: Xing or Info. Keeps the file's position."""
     position = file.tell()
     file.seek(0)
     head = file.read(10)
@@ -324,7 +281,7 @@ def has_mp3_length(file: BinaryIO) -> bool:
     file.seek(start)
     head = file.read(4096)
     file.seek(position)
-    return any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))
+    return b"Xing" in head or b"Info" in head
 
 
 def has_mp3_frame(data: bytes) -> bool:

@@ -93,7 +93,7 @@ class GuardedReader:
                 return AvReader(target.for_ffmpeg(), self._pick, self._lose)
             except UnreadableError as second:
                 raise UnreadableError(f"libsndfile: {first}; FFmpeg: {second}") from None
-        if reader.info.num_frames and (not reader.is_mp3 or has_mp3_length(target.file)):
+        if facts.empty or (reader.info.num_frames and (not reader.is_mp3 or has_mp3_length(target.file))):
             return reader
         try:
             other = AvReader(target.for_ffmpeg(), self._pick, self._lose)

@@ -10,7 +10,8 @@ What libsndfile 1.2.2 needs, found by comparing with full decodes:
 - Vorbis: a seek that lands in the last page of the stream is off by up to 1,000 frames, because that page's position is
   trimmed to the true length. We stay `VORBIS_LAST_PAGE` frames away from the end and read forward instead.
 - Opus: still 1e-2 off after a second of lead-in (its predictors have long memory).
-- MP3 without a Xing/Info/VBRI header: the length is a guess and reading stops there, so FFmpeg reads those.
+- MP3 without a Xing or Info header (VBRI is not known to it): the length is a guess and reading stops there, so FFmpeg
+  reads those.
 - Lost pages of an Ogg stream and lost frames of an MP3 are skipped without an error; only its log tells.
 """
 

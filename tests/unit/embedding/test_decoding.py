@@ -13,7 +13,9 @@ import pytest
 import soundfile
 
 from audiomae.artifacts.embeddings import EmbedSettings
+from audiomae.corpus.decode import CANCELS
 from audiomae.embedding.decoding import EmbedJob, IsolatedDecoder, decode_item, decoder_of
+from audiomae.embedding.pieces import Damage
 from audiomae.errors import ItemError
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=2, sample_rate=8000, mode="windows", window_s=1, hop_s=1)
@@ -86,6 +88,26 @@ def test_windows_and_segments_of_an_item(corpus: Path) -> None:
     for clip, part in zip(whole, parts, strict=True):
         assert (clip.start_s, clip.end_s) == (part.start_s, part.end_s)
         np.testing.assert_array_equal(clip.samples, part.samples)
+
+
+def test_damage_and_notes_of_an_item(corpus: Path) -> None:
+    samples = np.sin(np.arange(8000 * 4))
+    soundfile.write(corpus / "cancels.wav", np.stack([samples, -samples], axis=1), 8000)
+    data = (corpus / "cancels.wav").read_bytes()
+    (corpus / "cut.wav").write_bytes(data[: 44 + 4 * 8000 * 2 + 400])
+    assert {piece.note for piece in decode_item({"uri": "cancels.wav"}, str(corpus), SETTINGS)} == {CANCELS}
+    *clips, damage = decode_item({"uri": "cut.wav"}, str(corpus), SETTINGS)
+    assert len(clips) == 2 and isinstance(damage, Damage)
+    assert (damage.start_s, damage.end_s, damage.error_class) == (2.0125, 4.0, "TruncatedFile")
+    for start, end, found in ((0.0, 2.0, 0), (2.0, float("inf"), 1)):  # of two segments, the one it lies in says it
+        item = {"uri": "cut.wav", "segment_start_s": start, "segment_end_s": end}
+        pieces = list(decode_item(item, str(corpus), SETTINGS))
+        assert sum(isinstance(piece, Damage) for piece in pieces) == found
+    strict = SETTINGS.model_copy(update={"on_damage": "fail"})
+    with pytest.raises(ItemError, match="TruncatedFile"):
+        list(decode_item({"uri": "cut.wav"}, str(corpus), strict))
+    left = SETTINGS.model_copy(update={"channel": "left"})
+    assert {piece.note for piece in decode_item({"uri": "cancels.wav"}, str(corpus), left)} == {None}
 
 
 def test_what_is_wrong_with_a_file_is_an_item_error(corpus: Path) -> None:

@@ -15,6 +15,7 @@ from serve.queries import Region
 PLACE = ("id", "uri", "start_s", "end_s")
 HIDDEN = ("corpus",)
 EXAMPLES, CANDIDATES = 6, 512
+MAP_VALUES = 20  # kinds with a colour of their own
 MAX_DISTINCT = 50_000  # a column of more different values than this is a name and not a kind
 
 
@@ -40,6 +41,7 @@ class Catalogue:
         self.sounds, self.hours = _extent(files[self._live], self._column("end_s")[self._live])
         self.one_window_a_file = self.sounds == self.rows
         self.facets = functools.lru_cache(maxsize=32)(self._facets)
+        self.map = functools.lru_cache(maxsize=4)(self._map)
 
     def search(self, queries: np.ndarray, k: int, filter: dict[str, Any] | None, by_file: bool) -> Hits:
         """The k best windows, or (`by_file`) files, of unit vectors float32[Q, dim]."""
@@ -69,6 +71,38 @@ class Catalogue:
         spread = np.unique(np.linspace(0, max(0, len(rows) - 1), min(CANDIDATES, len(rows))).astype(int))
         order = np.argsort(spread % EXAMPLES, kind="stable") if len(spread) > EXAMPLES else np.arange(len(spread))
         return self.index.table.rows(rows[spread[order]])
+
+    def _map(self, colour: str | None) -> dict[str, Any] | None:
+        """The map's points with the codes of a column; `None` when the release has no map. KeyError: no such column."""
+        points = self.index.map()
+        if points is None:
+            return None
+        ids = points["id"].to_numpy()
+        all_ids = self._column("id", np.int64)
+        order = np.argsort(all_ids, kind="stable")
+        rows = order[np.searchsorted(all_ids, ids, sorter=order)]
+        names, codes = [], np.full(len(ids), -1)
+        if colour is not None:
+            column = self.index.table.table.column(colour)
+            dictionary = pc.dictionary_encode(column.take(pa.array(rows)).combine_chunks())
+            found = dictionary.indices.fill_null(-1).to_numpy()
+            counts = np.bincount(found[found >= 0], minlength=len(dictionary.dictionary))
+            common = np.argsort(-counts, kind="stable")[:MAP_VALUES]
+            names = dictionary.dictionary.take(pa.array(common)).to_pylist()
+            code_of = np.full(len(counts) + 1, -1)
+            code_of[common] = np.arange(len(common))
+            codes = code_of[found]
+        return {
+            "release": self.version,
+            "total": self.sounds,
+            "shown": len(ids),
+            "colour": colour,
+            "values": names,
+            "id": [str(id) for id in ids.tolist()],
+            "x": points["x"].to_numpy(),
+            "y": points["y"].to_numpy(),
+            "code": codes,
+        }
 
     def _facets(self, filter_json: str | None, limit: int) -> dict[str, Any]:
         """Counts of the columns' values among the items that a filter (JSON text) lets through."""
@@ -101,8 +135,8 @@ class Catalogue:
                 best, fewest = codes, distinct
         return best
 
-    def _column(self, name: str) -> np.ndarray:
-        return np.asarray(self.index.table.table.column(name).to_numpy(), np.float64)
+    def _column(self, name: str, dtype: type = np.float64) -> np.ndarray:
+        return np.asarray(self.index.table.table.column(name).to_numpy(), dtype)
 
 
 def region_of(row: dict[str, Any], region: Region) -> Region:

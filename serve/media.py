@@ -5,6 +5,7 @@ import mimetypes
 import os
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ MAX_WAV_S, MAX_WAV_RATE = 600.0, 48_000
 PICTURE_S, PICTURE_RATE, PICTURE_MELS, PICTURE_COLUMNS = 60.0, 22_050, 96, 480
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=300"}
 TYPES = {".m4a": "audio/mp4", ".flac": "audio/flac", ".ogg": "audio/ogg", ".opus": "audio/ogg", ".caf": "audio/x-caf"}
+OUTLINE_RATE, OUTLINE_POINTS = 8_000, 240
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)$")
 
 
@@ -66,6 +68,24 @@ def spectrogram_response(root: str, row: dict[str, Any]) -> Response:
     except DecodeError as error:
         raise decode_problem(error) from None
     return Response(spectrogram_png(samples), media_type="image/png", headers=HEADERS)
+
+
+def waveform(root: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The outline of an item's file (`WaveformResponse`): all of it up to a minute, else the minute around it."""
+    source = find(root, row)
+    try:
+        length = probe(source).duration_s
+        end = max(length or 0.0, row["end_s"])
+        start = (
+            0.0 if end <= PICTURE_S else min(max(0.0, (row["start_s"] + row["end_s"] - PICTURE_S) / 2), end - PICTURE_S)
+        )
+        samples = np.abs(decode(source, OUTLINE_RATE, start, min(PICTURE_S, end - start)))
+    except DecodeError as error:
+        raise decode_problem(error) from None
+    edges = np.linspace(0, len(samples), OUTLINE_POINTS + 1).astype(int)
+    peaks = [float(samples[a : max(b, a + 1)].max(initial=0.0)) for a, b in pairwise(edges)]
+    end_s = start + len(samples) / OUTLINE_RATE
+    return {"start_s": start, "end_s": end_s, "duration_s": length, "peaks": [round(peak, 4) for peak in peaks]}
 
 
 def find(root: str, row: dict[str, Any]) -> Path | bytes | BinaryIO:

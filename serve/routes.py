@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from audiomae.config import nearest
 from serve import access, answers, media, openapi, problems
 from serve.audio import clip_vector
 from serve.metrics import ApiMetrics, CountRequests, merge
@@ -30,6 +31,7 @@ from serve.schema import (
     Health,
     ItemResponse,
     ItemsResponse,
+    MapResponse,
     ReleaseInfo,
     ReloadRequest,
     SearchForm,
@@ -38,6 +40,7 @@ from serve.schema import (
     Timing,
     VectorOptions,
     VectorSearchResponse,
+    WaveformResponse,
     check_region,
 )
 from serve.service import Mixed, SearchService, Serving, Sound
@@ -261,6 +264,18 @@ def _item_routes(app: FastAPI, service: SearchService) -> None:
         rows = await service.in_lane("media", 1, media.playable_examples, serving.catalogue)
         return answers.json_response({"release": serving.version, "items": [answers.shown(row) for row in rows]})
 
+    @app.get("/map", tags=["items"], response_model=MapResponse, responses=responses(404, 422, 431, *GATED))
+    async def map_points(colour: Annotated[str | None, Query(max_length=200)] = None) -> Response:
+        """Where the sounds lie on the map, and the values of one column to colour them by."""
+        serving = await service.serving()
+        if colour is not None and colour not in serving.catalogue.columns:
+            hint = nearest(colour, serving.catalogue.columns)
+            raise Problem(422, "unknown_column", f"colour: no column {colour!r}{hint}")
+        found = await service.in_lane("light", 1, serving.catalogue.map, colour)
+        if found is None:
+            raise Problem(404, "no_map", f"release {serving.version} was built without a map; build the index again")
+        return answers.json_response(found)
+
     @app.get("/items/{clip}", tags=["items"], response_model=ItemResponse, responses=responses(404, 422, 431, *GATED))
     async def item(clip: int) -> Response:
         """One row of the items table."""
@@ -282,6 +297,21 @@ def _item_routes(app: FastAPI, service: SearchService) -> None:
         serving, row = await service.item(clip)
         root = serving.catalogue.index.corpus_root(row)
         return await service.in_lane("media", 1, media.audio_response, root, row, format, range)
+
+    @app.get(
+        "/items/{clip}/waveform",
+        tags=["items"],
+        response_model=WaveformResponse,
+        responses=responses(404, 422, 431, *GATED),
+    )
+    async def item_waveform(clip: int) -> Response:
+        """The outline of the item's file: all of it up to a minute, else the minute around the item."""
+        serving, row = await service.item(clip)
+        root = serving.catalogue.index.corpus_root(row)
+        found = await service.in_lane("media", 1, media.waveform, root, row)
+        response = answers.json_response(found)
+        response.headers["Cache-Control"] = media.HEADERS["Cache-Control"]
+        return response
 
     @app.get(
         "/items/{clip}/spectrogram.png",

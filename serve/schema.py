@@ -274,6 +274,29 @@ class FacetsResponse(BaseModel):
     facets: list[Facet]
 
 
+class MapResponse(BaseModel):
+    """Points of the map: sounds that are alike lie together. Lists of one length; ids as text, for JavaScript."""
+
+    release: str
+    total: int = Field(description="files in the index")
+    shown: int = Field(description="points, one a file; at most 100,000")
+    colour: str | None = Field(description="the column that `code` is of")
+    values: list[Any] = Field(description="what the codes stand for, commonest first")
+    id: list[str]
+    x: list[int] = Field(description="0 to 65,535")
+    y: list[int]
+    code: list[int] = Field(description="place in `values`, -1 for none of them")
+
+
+class WaveformResponse(BaseModel):
+    """The outline of an item's file, or of the minute around the item."""
+
+    start_s: float
+    end_s: float
+    duration_s: float | None = Field(description="of the file, where its header says so")
+    peaks: list[float] = Field(description="largest absolute sample of each of 240 equal stretches")
+
+
 class ReleaseInfo(BaseModel):
     """What is being served."""
 

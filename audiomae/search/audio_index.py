@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from audiomae.artifacts import releases
 from audiomae.errors import FilterError, IntegrityError
 from audiomae.search.hits import Hits, Members, best_per_group
 from audiomae.search.index import DELETED_FILE, IDS_FILE, Searcher, Selection
 from audiomae.search.items import Items
+from audiomae.search.layout import MAP_FILE
 from audiomae.search.spec import IndexSpec
 from audiomae.storage import Location, read_json
 
@@ -150,6 +153,14 @@ class AudioIndex:
     def vector(self, id: int) -> np.ndarray:
         """The stored vector of a clip, float32[D]. Raises KeyError when no clip has this id."""
         return self._searcher.rows[self._row(id)].astype(np.float32)
+
+    def map(self) -> pa.Table | None:
+        """Where the sounds lie on the map (id int64, x and y uint16 of 65,535): one of each file, at most 100,000.
+
+        `None` for a release that was made without a map.
+        """
+        path = self._directory / MAP_FILE
+        return pq.read_table(path) if path.exists() else None
 
     def live_rows(self) -> np.ndarray | None:
         """Which rows of the items table can be found, bool[N]; None when none is deleted."""

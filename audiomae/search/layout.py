@@ -5,8 +5,13 @@ every other vector goes to the weighted mean of its five nearest landmarks. So a
 than one of 1,000, and is the same for the same vectors.
 """
 
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MAP_FILE = "map.parquet"
 SIZE = 65_535  # coordinates are uint16
 MOST_LANDMARKS = 1_000
 ITERATIONS = 500
@@ -15,6 +20,19 @@ COMPONENTS = 32
 NEIGHBOURS = 5
 SHARPNESS = 20.0  # of the weights: a landmark 0.1 of cosine further away counts 7 times less
 BLOCK_ROWS = 8_192
+
+
+def write_map(directory: Path, ids: np.ndarray, uris: np.ndarray, vectors: np.ndarray, live: np.ndarray) -> None:
+    """Write `map.parquet` (id int64, x and y uint16) of a release.
+
+    Args:
+        directory: of the release.
+        ids: int64[N]; uris: [N], names or codes of the files; vectors: float16[N, D], may be mapped; live: bool[N].
+    """
+    rows = pick_points(ids, uris, live)
+    places = place(np.asarray(vectors[rows], np.float32))
+    table = pa.table({"id": ids[rows], "x": places[:, 0], "y": places[:, 1]})
+    pq.write_table(table, directory / MAP_FILE, compression="zstd")
 
 
 def pick_points(ids: np.ndarray, uris: np.ndarray, live: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:

@@ -18,6 +18,8 @@ from audiomae.search import build
 from audiomae.search import index as ann
 from audiomae.search import tuning as recall
 from audiomae.search.build_plan import Plan, make_plan
+from audiomae.search.items import Items
+from audiomae.search.layout import write_map
 from audiomae.search.spec import BuildOptions
 from ray_jobs._ray import connect
 from ray_jobs.configs import BuildConfig
@@ -41,6 +43,7 @@ def run(config: BuildConfig) -> Release:
         trained = _make_parts(work, parts_dir, config)
         build.assemble(work, parts_dir, trained, dim, staging)
         live, found = _measure(work, staging, config)
+        draw_map(staging, live)
         facts = {
             "fingerprint": fingerprint,
             "dim": dim,
@@ -184,6 +187,14 @@ def _measure(work: Plan, staging: Path, config: BuildConfig) -> tuple[np.ndarray
             "--memory-gib, or lower --recall"
         )
     return live, found
+
+
+def draw_map(staging: Path, live: np.ndarray) -> None:
+    """Place the sounds of a release in the making on its map; `live` bool[N] are the rows that can be found."""
+    items = Items(staging)
+    ids = np.load(staging / ann.IDS_FILE)
+    vectors = np.load(staging / ann.VECTORS_FILE, mmap_mode="r")
+    write_map(staging, ids, items.groups("uri"), vectors, live)
 
 
 def _print_summary(published: Release, out: str, seconds: float) -> None:

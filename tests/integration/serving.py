@@ -19,6 +19,7 @@ from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.model.text import TextConfig
 from audiomae.search import index as faiss_index
 from audiomae.search.items import ItemsWriter
+from audiomae.search.layout import write_map
 
 RATE = 16_000
 CLASSES = ("chirp", "clicks", "noise", "tone")
@@ -81,6 +82,7 @@ def publish_release(
     )
     with ItemsWriter(staging, table.schema) as writer:
         writer.write(table)
+    write_map(staging, ids, np.array(uris), rows, np.ones(len(rows), bool))
     (shipped or encoder).save(staging / "encoder")
     info = {
         "spec": spec.model_dump(),

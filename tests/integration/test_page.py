@@ -1,14 +1,18 @@
-"""The page in a real browser: ask by file, by drop, by microphone and by hit; see, hear and narrow what comes back."""
+"""The page in a real browser: ask by file, drop, microphone, part and hit; see, hear and narrow what comes back."""
 
 import base64
+import contextlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from browser import HOW_TO_GET, find_browser
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, ViewportSize, expect, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 from serving import as_file, make_corpus, make_encoder, publish_release, running_service, sound
 
 CHROMIUM = find_browser()
@@ -25,6 +29,7 @@ FLAGS = (
     "--use-fake-device-for-media-stream",
 )
 PATIENCE_MS = 60_000
+PICTURES = os.environ.get("AUDIOMAE_PICTURES")  # a folder for screenshots
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no browser: {HOW_TO_GET}")
 
@@ -60,7 +65,7 @@ def browser(site: Site) -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser, site: Site) -> Iterator[Page]:
     """The page, loaded; at the end it must have raised nothing and asked nobody but its own service."""
-    context = browser.new_context(permissions=["microphone"])
+    context = browser.new_context(permissions=["microphone"], reduced_motion="reduce")
     context.set_default_timeout(PATIENCE_MS)
     expect.set_options(timeout=PATIENCE_MS)
     page = context.new_page()
@@ -69,7 +74,7 @@ def page(browser: Browser, site: Site) -> Iterator[Page]:
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: strangers.append(request.url))
     page.goto(site.url)
-    expect(page.locator("#release")).to_contain_text("12 items")
+    expect(page.locator("#release")).to_contain_text("12 sounds")
     yield page
     context.close()
     assert errors == []
@@ -77,45 +82,166 @@ def page(browser: Browser, site: Site) -> Iterator[Page]:
 
 
 def choose(page: Page, site: Site, uri: str) -> None:
-    """Ask with a file of the corpus and wait for the hits."""
+    """Ask with a file of the corpus and wait for what was found."""
     page.locator("#file").set_input_files(site.corpus / uri)
-    expect(page.locator("#status")).to_contain_text(f"hits for {Path(uri).name}")
+    expect(page.locator("#status")).to_contain_text(f"sounds like {Path(uri).name}")
 
 
 def names(page: Page) -> list[str]:
-    """The uris of the hits shown."""
-    return page.locator(".hit .name").all_text_contents()
+    """The uris of the sounds shown."""
+    return page.locator(".sound .name").all_text_contents()
 
 
-def test_a_chosen_file_finds_itself_and_shows_pictures(page: Page, site: Site) -> None:
+def is_playing(page: Page) -> None:
+    """Wait until the one player has moved on."""
+    page.wait_for_function("Number(document.getElementById('seek').value) > 0.05")
+
+
+def lit(page: Page, canvas: str) -> int:
+    """How many different bytes a canvas shows: an empty one has one or two."""
+    script = "c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
+    return int(page.locator(canvas).first.evaluate(script))
+
+
+def test_the_first_screen_says_what_it_is_and_offers_sounds(page: Page) -> None:
+    expect(page.locator("#pitch")).to_be_visible()
+    expect(page.locator(".sound")).to_have_count(6)
+    expect(page.locator("#words")).to_be_hidden()  # this release cannot be searched in words
+    page.wait_for_function("document.querySelector('.sound').peaks !== undefined")
+    assert lit(page, ".sound .peaks") > 5
+    page.locator(".sound .listen").first.click()
+    is_playing(page)
+    page.locator(".sound .similar").first.click()
+    expect(page.locator("#status")).to_contain_text("sounds like")
+    expect(page.locator("#pitch")).to_be_hidden()
+
+
+def test_a_chosen_file_finds_itself_and_is_drawn(page: Page, site: Site) -> None:
     choose(page, site, "tone/1.wav")
     assert names(page)[0] == "tone/1.wav" and len(names(page)) == 12
-    expect(page.locator("#query-picture")).to_be_visible()
-    lit = "canvas => new Set(canvas.getContext('2d').getImageData(0, 0, 480, 96).data).size"
-    assert page.locator("#query-picture").evaluate(lit) > 50
-    picture = page.locator(".hit img").first
-    picture.scroll_into_view_if_needed()
-    page.wait_for_function("document.querySelector('.hit img').naturalWidth > 0")
+    assert lit(page, "#spectrogram") > 50 and lit(page, "#wave") > 5
+    page.wait_for_function("document.querySelector('.sound').peaks !== undefined")
+    page.locator(".sound .listen").nth(1).click()
+    is_playing(page)
+    expect(page.locator("#now-name")).to_have_text(names(page)[1])
 
 
-def test_a_hit_plays(page: Page, site: Site) -> None:
-    choose(page, site, "tone/1.wav")
-    page.locator(".hit audio").first.evaluate("audio => { audio.muted = true; audio.play(); }")
-    page.wait_for_function("document.querySelector('.hit audio').currentTime > 0.1")
-
-
-def test_more_like_this_leaves_the_hit_out(page: Page, site: Site) -> None:
-    choose(page, site, "noise/1.wav")
-    page.locator(".hit .similar").first.click()
-    expect(page.locator("#status")).to_contain_text("more like noise/1.wav")
-    assert len(names(page)) == 11 and "noise/1.wav" not in names(page)
-
-
-def test_a_value_narrows_the_hits_to_its_like(page: Page, site: Site) -> None:
+def test_a_part_of_the_sound_is_searched_alone(page: Page, site: Site) -> None:
     choose(page, site, "clicks/0.wav")
-    page.locator(".hit").filter(has_text="tone/0.wav").get_by_text("label: tone").click()
-    expect(page.locator(".hit")).to_have_count(3)
-    assert all(name.startswith("tone/") for name in names(page))
+    page.locator("#scope").scroll_into_view_if_needed()
+    box = page.locator("#scope").bounding_box()
+    assert box is not None
+    with page.expect_request(lambda request: request.url.endswith("/search")) as asked:
+        page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 30)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 30, steps=5)
+        page.mouse.up()
+    sent = asked.value.post_data_buffer or b""
+    assert b'name="start_s"' in sent and b'name="end_s"' in sent
+    expect(page.locator("#query-region")).to_have_text(re.compile(r"0\.5 s to 1\.5 s"))
+    assert "from=0.5" in page.url
+    page.locator("#whole").click()
+    expect(page.locator("#query-region")).to_have_text("2.0 s")
+    page.go_back()
+    expect(page.locator("#query-region")).to_have_text(re.compile(r"0\.5 s to 1\.5 s"))
+
+
+def test_more_like_this_leaves_the_sound_out_and_back_returns(page: Page, site: Site) -> None:
+    choose(page, site, "noise/1.wav")
+    before = names(page)
+    page.locator(".sound .similar").first.click()
+    expect(page.locator("#status")).to_contain_text("like noise/1.wav in")
+    expect(page.locator(".sound")).to_have_count(11)
+    assert "noise/1.wav" not in names(page) and "item=" in page.url
+    page.go_back()
+    expect(page.locator("#status")).to_contain_text("sounds like 1.wav")
+    expect(page.locator(".sound")).to_have_count(12)
+    assert names(page) == before
+    page.reload()  # the address says it all, the browser keeps the sound
+    expect(page.locator("#status")).to_contain_text("sounds like 1.wav")
+    assert names(page) == before
+
+
+def test_filters_come_from_the_columns_with_counts(page: Page, site: Site) -> None:
+    choose(page, site, "clicks/0.wav")
+    labels = page.get_by_role("group", name="label")
+    expect(labels.get_by_label("tone 3")).to_be_visible()
+    labels.get_by_label("tone 3").check()
+    expect(page.locator(".sound")).to_have_count(3)
+    page.get_by_role("group", name="label").get_by_label("noise 3").check()
+    expect(page.locator(".sound")).to_have_count(6)
+    assert {name.partition("/")[0] for name in names(page)} == {"tone", "noise"}
+    page.locator("#chips .chip").first.click()
+    expect(page.locator(".sound")).to_have_count(12)
+    page.locator(".sound", has_text="tone/0.wav").get_by_text("label: tone").click()
+    expect(page.locator(".sound")).to_have_count(3)
+
+
+def test_sounds_can_be_browsed_without_asking(page: Page) -> None:
+    page.get_by_role("group", name="label").get_by_label("chirp 3").check()
+    expect(page.locator("#status")).to_contain_text("3 sounds")
+    assert {name.partition("/")[0] for name in names(page)} == {"chirp"}
+
+
+def test_examples_steer_the_search(page: Page, site: Site) -> None:
+    choose(page, site, "tone/1.wav")
+    page.locator(".sound", has_text="chirp/2.wav").locator(".plus").click()
+    expect(page.locator("#examples-row .chip")).to_have_text(["+ chirp/2.wav ✕"])
+    expect(page.locator(".sound").first).to_be_visible()
+    page.locator(".sound", has_text="noise/0.wav").locator(".minus").click()
+    expect(page.locator("#examples-row .chip")).to_have_count(2)
+    assert "plus=" in page.url and "minus=" in page.url
+    page.locator("#examples-row .minus-chip").click()
+    expect(page.locator("#examples-row .chip")).to_have_count(1)
+
+
+def test_the_map_shows_every_file_and_filters_by_area(page: Page, site: Site) -> None:
+    page.locator("#view-map").click()
+    expect(page.locator("#map-legend li")).to_have_text(["chirp", "clicks", "noise", "tone"])
+    page.wait_for_function("document.getElementById('map-canvas').width > 300")
+    assert "view=map" in page.url and lit(page, "#map-canvas") > 8
+    page.locator("#map-canvas").scroll_into_view_if_needed()
+    box = page.locator("#map-canvas").bounding_box()
+    assert box is not None
+    page.locator("#map-brush").click()
+    page.mouse.move(box["x"] + 2, box["y"] + 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2, steps=4)
+    page.mouse.up()
+    expect(page.locator("#status")).to_contain_text("12 sounds")
+    assert "area=" in page.url
+    page.locator("#map-reset").click()
+    page.locator("#map-canvas").focus()
+    for _ in range(3):
+        page.keyboard.press("-")
+    page.keyboard.press("Enter")
+    page.locator("#map-column").select_option("take")
+    expect(page.locator("#map-legend li")).to_have_count(3)
+
+
+def test_everything_can_be_done_from_the_keyboard(page: Page, site: Site) -> None:
+    choose(page, site, "tone/0.wav")
+    page.locator("#status").click()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(".sound.current .name")).to_have_text(names(page)[1])
+    page.keyboard.press("Space")
+    is_playing(page)
+    page.keyboard.press("+")
+    expect(page.locator("#examples-row .chip")).to_have_count(1)
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#help")).to_be_hidden()
+    expect(page.locator(".sound").nth(1)).to_be_visible()
+    page.keyboard.press("ArrowDown")
+    wanted = page.locator(".sound.current .name").text_content()
+    page.keyboard.press("m")
+    expect(page.locator("#status")).to_contain_text(f"like {wanted} in")
+    page.keyboard.press("Escape")
+    expect(page.locator("#pitch")).to_be_visible()
+    page.keyboard.press("/")
+    expect(page.locator("#file")).to_be_focused()
 
 
 def test_a_dropped_file_finds_itself(page: Page, site: Site) -> None:
@@ -129,16 +255,20 @@ def test_a_dropped_file_finds_itself(page: Page, site: Site) -> None:
         }""",
         data,
     )
-    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
-    expect(page.locator("#status")).to_contain_text("hits for dropped.wav")
+    page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
+    expect(page.locator("#veil")).to_be_visible()
+    page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+    expect(page.locator("#status")).to_contain_text("sounds like dropped.wav")
+    expect(page.locator("#veil")).to_be_hidden()
     assert names(page)[0] == "chirp/2.wav"
 
 
 def test_the_microphone_is_heard(page: Page) -> None:
     page.locator("#record").click()
     expect(page.locator("#record")).to_contain_text("(2 s)")
+    assert page.locator("#level").evaluate("meter => meter.value") > 0
     page.locator("#record").click()
-    expect(page.locator("#status")).to_contain_text("hits for recording")
+    expect(page.locator("#status")).to_contain_text("sounds like recording")
     assert len(names(page)) == 12
     expect(page.locator("#record")).to_have_text(re.compile("Record"))
 
@@ -149,6 +279,34 @@ def test_what_is_no_sound_is_explained(page: Page) -> None:
     assert names(page) == []
 
 
-def test_words_are_off_where_the_release_cannot_hear_them(page: Page) -> None:
-    expect(page.locator("#text")).to_be_disabled()
-    expect(page.locator("#text-reason")).to_contain_text("sound alone")
+def test_a_late_answer_does_not_overwrite_a_newer_one(page: Page, site: Site) -> None:
+    """The first search is held back until the second one is shown; then nothing may change."""
+    held: list[Route] = []
+    page.route("**/search", lambda route: held.append(route) if not held else route.continue_())
+    page.locator("#file").set_input_files(site.corpus / "tone/1.wav")
+    expect(page.locator("#status")).to_have_text("listening…")
+    choose(page, site, "noise/2.wav")
+    with contextlib.suppress(PlaywrightError):  # the page has given the first one up already
+        held[0].continue_()
+    page.wait_for_load_state("networkidle")
+    assert names(page)[0] == "noise/2.wav"
+    expect(page.locator("#status")).to_contain_text("sounds like 2.wav")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_accessibility_rule_is_broken_and_nothing_overflows(page: Page, site: Site, width: int, scheme: str) -> None:
+    page.set_viewport_size(ViewportSize(width=width, height=844))
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    for state in ("first", "hits", "map"):
+        if state == "hits":
+            choose(page, site, "tone/1.wav")
+        elif state == "map":
+            page.locator("#view-map").click()
+            expect(page.locator("#map-legend li")).to_have_count(4)
+        expect(page.locator(".sound").first).to_be_visible()
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        if PICTURES:
+            page.screenshot(path=str(Path(PICTURES) / f"page_{state}_{width}_{scheme}.png"))

@@ -46,7 +46,7 @@ function values(facet, filter) {
     name.textContent = value === null ? "(none)" : String(value);
     number.textContent = count.toLocaleString("en");
     number.className = "quiet";
-    label.append(box, name, number);
+    label.append(box, name, " ", number);
     set.append(label);
   }
   return set;

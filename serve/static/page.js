@@ -251,8 +251,10 @@ addEventListener("keydown", (event) => {
 async function start() {
   try {
     release = await ask("release");
-    const hours = release.hours >= 0.1 ? `${release.hours.toFixed(1)} hours` : `${Math.round(release.hours * 60)} minutes`;
-    $("release").textContent = `${release.sounds.toLocaleString("en")} sounds · ${hours} · release ${release.version}`;
+    const minutes = release.hours * 60;
+    const length = minutes >= 90 ? `${release.hours.toFixed(1)} hours` : minutes >= 1.5 ? `${Math.round(minutes)} minutes` : `${Math.round(minutes * 60)} seconds`;
+    $("release").textContent = `${release.sounds.toLocaleString("en")} sounds · ${length}`;
+    $("release").title = `release ${release.version}, ${release.rows.toLocaleString("en")} windows`;
     $("words").hidden = !release.text;
     await facets.load();
   } catch (error) {

@@ -394,7 +394,37 @@ def plans(out: str | UPath) -> Numbered:
 
 def read_latest_plan(out: str | UPath) -> dict[str, Any] | None:
     """The plan in force: the highest-numbered `manifest/plan-*.json`, or None."""
-    return plans(out).latest()
+    plan = plans(out).latest()
+    return None if plan is None else unfold_shards(plan)
+
+
+def fold_shards(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan as it is stored: the shards of each items file as one text, `name:group:items[:base],...`.
+
+    A plan of 10^7 files has tens of thousands of shards; spelled out one by one they took longer to write than to plan.
+    """
+    texts: dict[str, list[str]] = {}
+    for shard in plan["shards"]:
+        base = f":{shard['base']}" if shard.get("base") else ""
+        texts.setdefault(shard["file"], []).append(f"{shard['name']}:{shard['group']}:{shard['items']}{base}")
+    files = [{**file, "shards": ",".join(texts.get(file["name"], []))} for file in plan["files"]]
+    order = [shard["file"] for shard in plan["shards"]]
+    assert order == sorted(order, key={file["name"]: number for number, file in enumerate(files)}.__getitem__)
+    return {name: value for name, value in plan.items() if name != "shards"} | {"files": files}
+
+
+def unfold_shards(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with its `shards` one by one, as older plans are stored already."""
+    if "shards" in plan:
+        return dict(plan)
+    shards = []
+    for file in plan["files"]:
+        for text in filter(None, file["shards"].split(",")):
+            name, group, items, *base = text.split(":")
+            entry = {"name": name, "file": file["name"], "file_sha256": file["sha256"], "group": int(group)}
+            shards.append({**entry, "items": int(items), "base": base[0] if base else None})
+    files = [{name: value for name, value in file.items() if name != "shards"} for file in plan["files"]]
+    return {**plan, "files": files, "shards": shards}
 
 
 def write_run(out: str | UPath, record: Mapping[str, Any]) -> None:

@@ -18,7 +18,8 @@ MAX_LABELS = 100_000
 LOOK_ALIKES = "groups of labels that look alike but are classes of their own"
 TWO_SPELLINGS = "uris that spell the path of another row in a different way: their clips come twice"
 TWINS = "uris that differ from another row only in how accents are encoded (NFC, NFD)"
-ODD_URI = r"[^\x00-\x7f]|^file:|//|(^|/)\.{1,2}/"
+ODD_URI = r"^file:|(^|/)\.{1,2}/|(^|[^:])//"
+MAX_ODD = 1 << 20  # of uris that another spelling is looked for
 NO_SPACE = "\u200b\u200c\u200d\u2060\ufeff\u00ad"
 # letters of other scripts that are drawn as Latin ones
 HOMOGLYPHS = str.maketrans("аеорсухіјѕԁһԛԝѵΑΒΕΖΗΙΚΜΝΟΡΤΥΧοАВЕКМНОРСТУХ", "aeopcyxijsdhqwvABEZHIKMNOPTYXoABEKMHOPCTYX")
@@ -45,11 +46,13 @@ class Likeness:
         column = table["uri"]
         uris = column.to_pylist()
         self._hashes.append(np.fromiter(map(hash, uris), np.int64, len(uris)))
-        odd = column.filter(pc.match_substring_regex(column, ODD_URI))
-        if self._root and not is_s3(self._root):
-            inside = column.filter(pc.starts_with(column, self._root.rstrip("/") + "/"))
-            self._odd += inside.to_pylist()
-        self._odd += odd.to_pylist()
+        if len(self._odd) < MAX_ODD:
+            odd = pc.or_(
+                pc.match_substring_regex(column, ODD_URI), pc.not_equal(pc.utf8_normalize(column, "NFC"), column)
+            )
+            if self._root and not is_s3(self._root):
+                odd = pc.or_(odd, pc.starts_with(column, self._root.rstrip("/") + "/"))
+            self._odd += column.filter(odd).to_pylist()
         if LABEL in table.column_names and pa.types.is_string(table[LABEL].type) and len(self._labels) < MAX_LABELS:
             self._labels.update(pc.unique(table[LABEL].drop_null()).to_pylist())
 
@@ -87,6 +90,8 @@ class Likeness:
         """A row is a twin if its plain spelling is another row, or the plain spelling of another row."""
         plain: dict[str, str] = {}
         hashes = self._sorted()
+        if len(self._odd) >= MAX_ODD:
+            self._notes.add("unusual spellings of uris; some were not compared with the other rows", count=MAX_ODD)
         for uri in dict.fromkeys(self._odd):
             for spelling in self._spellings(uri):
                 if spelling == uri:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from audiomae.artifacts.embeddings import new_attempt, plans, read_latest_plan
+from audiomae.artifacts.embeddings import fold_shards, new_attempt, plans, read_latest_plan, unfold_shards
 from audiomae.artifacts.receipts import FileEntry, Receipt, entry_of, read_file
 from audiomae.artifacts.tables import EmbedSettings
 from audiomae.config import StrictConfig
@@ -107,7 +107,9 @@ def build_items(listing: pa.Table, settings: EmbedSettings, probe: Probe) -> pa.
         cuts = {
             int(row): segments(duration, settings) for row, duration in zip(large, durations, strict=True) if duration
         }
-        counts = np.array([len(cuts.get(row, ())) or 1 for row in range(listing.num_rows)])
+        counts = np.ones(listing.num_rows, np.int64)
+        for row, spans in cuts.items():
+            counts[row] = len(spans) or 1
         rows = np.repeat(rows, counts)
         starts, ends = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -314,8 +316,8 @@ class ItemsWriter:
             files.append(file)
             entries += own
         plan = plan.model_copy(update={"files": files, "shards": entries})
-        plans(self._out).create(plan.generation, plan.model_dump())
-        return Plan(**plans(self._out).read(plan.generation))
+        plans(self._out).create(plan.generation, fold_shards(plan.model_dump()))
+        return Plan(**unfold_shards(plans(self._out).read(plan.generation)))
 
     def _flush(self) -> None:
         if len(self._written) >= WRITE_THREADS:  # no more than that many files wait in memory

@@ -337,7 +337,10 @@ class ItemsWriter:
         column = pa.array(np.repeat(np.arange(len(names)), counts))
         items = items.append_column("shard", pa.array(names, pa.string()).take(column)).combine_chunks()
         sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, items.schema, compression="zstd") as writer:
+        # row groups are small: a dictionary, statistics and zstd for each page would cost three times the rest
+        with pq.ParquetWriter(
+            sink, items.schema, compression="snappy", use_dictionary=["shard"], write_statistics=False
+        ) as writer:
             for first, count in zip(firsts, counts, strict=True):
                 writer.write_table(items.slice(int(first), int(count)), row_group_size=int(count))
         data = sink.getvalue().to_pybytes()

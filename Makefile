@@ -45,11 +45,12 @@ test: $(STAMP) $(BROWSER) ## the default suite (under 12 minutes on 2 cores)
 test-all: $(STAMP) $(BROWSER) ## everything, the slow chaos and scale tests included
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
 
-lint: $(STAMP) ## ruff, types, import rules
+lint: $(STAMP) ## ruff, types, import rules, declared dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry .
 
 bench: $(STAMP) ## every measurement side by side; JSON lands in docs/benchmarks
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -20,6 +20,7 @@ from audiomae.config import Key, StrictConfig, build_config, config_keys, meant_
 from audiomae.errors import AudioMAEError, ConfigError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+PACKAGE_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks what `ray job submit` sends
 _ABSENT: Any = argparse.SUPPRESS  # flags that were not given leave no value behind
 
 
@@ -66,7 +67,22 @@ class Command:
             raise ConfigError(self._overview(missing))
         if missing:
             raise ConfigError(self._missing(missing))
-        return build_config(self.config, tree)
+        config = build_config(self.config, tree)
+        self._refuse_lost_outputs(config, keys.values())
+        return config
+
+    def _refuse_lost_outputs(self, config: Any, keys: Iterable[Key]) -> None:
+        """`ray job submit` runs a job in a copy of the submitted folder: what it writes there goes when Ray goes."""
+        if PACKAGE_FOLDER not in Path.cwd().as_posix():
+            return
+        for key in keys:
+            value = getattr(config, key.name, None) if key.extra("writes") else None
+            if value and "://" not in str(value) and not Path(value).expanduser().is_absolute():
+                raise ConfigError(
+                    f"{_flag(key.name)} {value}: this job runs in a copy of the folder that was submitted, so a "
+                    f"relative output would be lost with it; give the whole path, such as {_flag(key.name)} "
+                    f"$PWD/{value} in the shell that submits, or s3://BUCKET/{value}"
+                )
 
     def _parser(self, keys: Iterable[Key]) -> "_Parser":
         keys = list(keys)

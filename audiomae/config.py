@@ -32,6 +32,11 @@ def also_called(*names: str) -> dict[str, Any]:
     return {"aka": list(names)}
 
 
+def output(metavar: str) -> dict[str, Any]:
+    """`json_schema_extra` of a field that names a place the job writes to."""
+    return {"metavar": metavar, "writes": True}
+
+
 def shown_as(metavar: str, *flags: str) -> dict[str, Any]:
     """`json_schema_extra` of a field whose flag has this placeholder in the help, and perhaps further spellings."""
     return {"metavar": metavar, "flags": list(flags)}
@@ -59,7 +64,7 @@ class Key:
         return None if self.field.is_required() else self.field.get_default(call_default_factory=True)
 
     def extra(self, name: str) -> Any:
-        """What the field's `json_schema_extra` says under `name`: `metavar`, `aka` (what others call it), `flags`."""
+        """What the field's `json_schema_extra` says under `name`: `metavar`, `aka`, `flags`, `writes`."""
         extra = self.field.json_schema_extra
         return extra.get(name) if isinstance(extra, dict) else None
 

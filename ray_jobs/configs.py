@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from audiomae.config import StrictConfig, shown_as
+from audiomae.config import StrictConfig, output, shown_as
 from audiomae.corpus.damage import OnDamage
 from audiomae.corpus.read_as import CHANNEL, ReadAs
 from audiomae.evaluation.protocol import ProtocolConfig
@@ -31,7 +31,7 @@ class TrainConfig(Recipe):
     """A recipe, what it is applied to, and where the run is kept."""
 
     corpus: str = Field(description=CORPUS, json_schema_extra=shown_as("SRC"))
-    storage: str = Field(description="where runs are kept, local or s3://", json_schema_extra=shown_as("DIR"))
+    storage: str = Field(description="where runs are kept, local or s3://", json_schema_extra=output("DIR"))
     name: str = Field(description="name of the run; STORAGE/NAME holds all of it", json_schema_extra=shown_as("RUN"))
     recipe: str | None = Field(None, description=RECIPE, json_schema_extra=shown_as("NAME"))
 
@@ -124,7 +124,7 @@ class EmbedConfig(EmbedOptions):
 
     encoder: str = Field(description=ENCODER, json_schema_extra=shown_as("ENC"))
     corpus: str = Field(description=CORPUS, json_schema_extra=shown_as("SRC"))
-    out: str = Field(description="where the embeddings go, local or s3://", json_schema_extra=shown_as("DIR"))
+    out: str = Field(description="where the embeddings go, local or s3://", json_schema_extra=output("DIR"))
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class BuildConfig(BuildOptions):
     encoder: str | None = Field(
         None, description="goes into the release; default: that of the embeddings", json_schema_extra=shown_as("ENC")
     )
-    out: str = Field(description="index folder, local or s3://", json_schema_extra=shown_as("INDEX"))
+    out: str = Field(description="index folder, local or s3://", json_schema_extra=output("INDEX"))
     delete_ids: str | None = Field(
         None, description="text file of clip ids to delete for good, one a line", json_schema_extra=shown_as("FILE")
     )
@@ -179,7 +179,7 @@ class EvaluateConfig(EvaluateOptions):
     """Which embeddings are evaluated, what they are compared with, and where the report goes."""
 
     embeddings: str = Field(description="folder written by embed_corpus.py", json_schema_extra=shown_as("DIR"))
-    out: str = Field(description="gets metrics.json, report.html and plots/*.png", json_schema_extra=shown_as("DIR"))
+    out: str = Field(description="gets metrics.json, report.html and plots/*.png", json_schema_extra=output("DIR"))
     compare: Folders = Field(
         (), description="other embeddings of the same corpus; repeatable", json_schema_extra=shown_as("DIR")
     )
@@ -219,7 +219,7 @@ class PipelineConfig(StageOptions):
     """All stages in a row, from a corpus to an index and a report."""
 
     corpus: str = Field(description=CORPUS, json_schema_extra=shown_as("SRC"))
-    out: str = Field(description="gets train/ embeddings/ index/ evaluation/", json_schema_extra=shown_as("DIR"))
+    out: str = Field(description="gets train/ embeddings/ index/ evaluation/", json_schema_extra=output("DIR"))
     with_encoder: str | None = Field(
         None,
         description="use this encoder instead of training one: " + ENCODER,
@@ -247,7 +247,7 @@ class PipelineResult:
 class DemoConfig(StageOptions):
     """The demo: a generated corpus, trained on, indexed, served and queried."""
 
-    out: str = Field("demo", description="everything goes here", json_schema_extra=shown_as("DIR"))
+    out: str = Field("demo", description="everything goes here", json_schema_extra=output("DIR"))
     clips: int = Field(480, ge=1, description="size of the generated corpus")
     queries: int = Field(48, ge=1, description="clips to query with; none of them is in the corpus")
     port: int = Field(8000, ge=0, description="of the service, on loopback")
@@ -261,16 +261,16 @@ class QueryConfig(StrictConfig):
     k: int = Field(5, ge=1, description="hits per query")
     label: str = Field("label", description="column with the class", json_schema_extra=shown_as("COLUMN"))
     limit: int | None = Field(None, ge=1, description="send only the first so many")
-    out: str | None = Field(None, description="write the counts as JSON here", json_schema_extra=shown_as("FILE"))
+    out: str | None = Field(None, description="write the counts as JSON here", json_schema_extra=output("FILE"))
 
 
 class AblationConfig(Recipe):
     """A recipe, and the rows that change a few of its keys; each is trained and measured fold by fold."""
 
     corpus: str = Field(description="listing with a label and a fold column", json_schema_extra=shown_as("SRC"))
-    out: str = Field(description="results, kept encoders and features", json_schema_extra=shown_as("DIR"))
+    out: str = Field(description="results, kept encoders and features", json_schema_extra=output("DIR"))
     results: str | None = Field(
-        None, description="where the table goes; default: OUT/results.md", json_schema_extra=shown_as("FILE")
+        None, description="where the table goes; default: OUT/results.md", json_schema_extra=output("FILE")
     )
     rows: str = Field(str(RECIPES / "ablations"), description="folder of row files", json_schema_extra=shown_as("DIR"))
     only: tuple[str, ...] | None = Field(

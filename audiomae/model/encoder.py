@@ -300,16 +300,19 @@ class AudioEncoder(nn.Module):
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @torch.inference_mode()
-    def embed(self, clips: Sequence[Clip], batch_size: int = 32) -> np.ndarray:
+    def embed(self, clips: Sequence[Clip] | str | PathLike[str], batch_size: int = 32) -> np.ndarray:
         """Whole clips -> float32 [B, dim], unit length, in the order given.
 
         Args:
-            clips: paths (decoded and resampled), or mono float32[S] arrays already at `sample_rate`.
+            clips: paths (decoded and resampled), or mono float32[S] arrays already at `sample_rate`; one path is a
+                list of one.
 
         Raises:
             ValueError: an empty, non-finite or multi-dimensional array.
             audiomae.corpus.decode.DecodeError: a file that cannot be decoded.
         """
+        if isinstance(clips, str | PathLike):
+            clips = [clips]
         was_training = self.training
         self.eval()
         try:

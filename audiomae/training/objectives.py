@@ -253,9 +253,9 @@ def _check(encoder: AudioEncoder, config: ObjectiveConfig, classes: int, caption
         raise ConfigError(f"objective: {', '.join(supervised)} need labels and the corpus has none: set data.label")
     if config.contrastive and config.views == 1 and not classes:
         raise ConfigError("objective: contrastive learning without labels compares two views: set objective.views=2")
-    if config.clap and captions is None:
-        raise ConfigError("objective.clap: the corpus has neither captions nor labels: set data.caption or data.label")
     if config.clap and not encoder.has_text:
         raise ConfigError(
             "objective.clap: the encoder has no text tower: set encoder.text (for example encoder.text={})"
         )
+    if config.clap and captions is None:
+        raise ConfigError("objective.clap: the corpus has neither captions nor labels: set data.caption or data.label")

@@ -5,7 +5,7 @@ import pytest
 from pydantic import Field
 
 from audiomae.cli import Command, Progress, run_job
-from audiomae.config import StrictConfig, also_called, config_keys, shown_as
+from audiomae.config import StrictConfig, also_called, config_keys, output, shown_as
 from audiomae.errors import ConfigError, IntegrityError, UserError
 
 
@@ -160,3 +160,24 @@ def test_progress_gives_rate_and_eta(capsys: pytest.CaptureFixture[str], monkeyp
         progress.update(99)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["embed: 100/200 clips, 10.0 clips/s, 10s left", "embed: 100/200 clips, 5.0 clips/s, 20s left"]
+
+
+class Writes(StrictConfig):
+    out: str = Field(description="a folder", json_schema_extra=output("DIR"))
+    corpus: str = Field("clips", description="what is read")
+
+
+@pytest.mark.parametrize(("out", "lost"), [("emb", True), ("./a/b", True), ("/data/emb", False), ("s3://b/emb", False)])
+def test_a_submitted_job_refuses_outputs_that_would_be_lost(
+    out: str, lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = Command("jobs/x.py", Writes, "Writes.", "python jobs/x.py --out emb")
+    assert command.parse(["--out", out]).out == out  # in a shell, relative to where it is
+    folder = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    if not lost:
+        assert command.parse(["--out", out]).out == out
+        return
+    with pytest.raises(ConfigError, match=r"--out .*would be lost.*\$PWD"):
+        command.parse(["--out", out])

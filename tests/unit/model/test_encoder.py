@@ -76,6 +76,8 @@ def test_path_and_samples_give_the_same(encoder, tmp_path):
     np.testing.assert_allclose(
         encoder.embed([tmp_path / "a.wav", str(tmp_path / "a.wav")]), encoder.embed([sound] * 2), atol=1e-5
     )
+    for one in (tmp_path / "a.wav", str(tmp_path / "a.wav")):  # one path is a list of one
+        np.testing.assert_allclose(encoder.embed(one), encoder.embed([sound]), atol=1e-5)
 
 
 def test_embed_keeps_training_mode_and_accepts_nothing():

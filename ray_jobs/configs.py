@@ -13,6 +13,7 @@ from audiomae.config import StrictConfig, output, shown_as
 from audiomae.corpus.damage import OnDamage
 from audiomae.corpus.read_as import CHANNEL, ReadAs
 from audiomae.evaluation.protocol import ProtocolConfig
+from audiomae.model.encoder_config import PoolingName
 from audiomae.search.spec import BuildOptions
 from audiomae.training.recipe import Recipe
 from ray_jobs._placement import PlacementConfig
@@ -88,6 +89,10 @@ class EmbedOptions(PlacementConfig, ReadAs):
     )
     channel: str | None = Field(
         None, pattern=CHANNEL, description="mix = all to one (default), left, right, or a channel's number, from 0"
+    )
+    pooling: PoolingName | None = Field(
+        None,
+        description="pool the encoder's tokens so; default: as it was trained. The re-pooled encoder is OUT/encoder",
     )
     retry_failed: bool = Field(False, description="embed again the files in failures/")
     update: bool = Field(
@@ -198,6 +203,25 @@ class Evaluation:
     out: str
     metrics: dict[str, Any]
     report: str
+
+
+class CompareConfig(ProtocolConfig):
+    """Encoders whose poolings are compared, on which corpus, by which protocol."""
+
+    encoder: Folders = Field(min_length=1, description=ENCODER + "; repeatable", json_schema_extra=shown_as("ENC"))
+    corpus: str = Field(description=CORPUS, json_schema_extra=shown_as("SRC"))
+    out: str = Field(description="gets comparison.md and comparison.json", json_schema_extra=shown_as("DIR"))
+    pooling: tuple[PoolingName, ...] | None = Field(
+        None, description="poolings to compare, the first with each other; default: all that need no training"
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison: its folder, and the means of mAP, R@1, R@5 and kNN by the name of the pooling."""
+
+    out: str
+    results: dict[str, dict[str, float]]
 
 
 class StageOptions(Recipe):

@@ -26,6 +26,7 @@ from audiomae.embedding.update import copy_shard, difference, updated_plan
 from audiomae.embedding.windowing import Windowing, fitting_windows
 from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder
+from audiomae.model.poolings import comparable
 from audiomae.storage import to_path, write_json
 from ray_jobs._ray import connect
 from ray_jobs.configs import EmbedConfig, EmbedResult
@@ -44,6 +45,9 @@ def run(config: EmbedConfig) -> EmbedResult:
     began = time.time()
     config = config.model_copy(update={"encoder": absolute(config.encoder)})
     encoder = load_encoder(config.encoder)
+    if config.pooling and config.pooling != encoder.pooling.name:
+        encoder = repooled(encoder, config)
+        config = config.model_copy(update={"encoder": absolute(str(to_path(config.out) / "encoder"))})
     plan = load_plan(config.out)
     if plan is not None and is_to_be_resumed(config, plan):
         settings, windowing = embed_settings(config, encoder, plan, [])
@@ -94,6 +98,19 @@ def absolute(encoder: str) -> str:
     )
     is_path = bool(kind) or ("://" not in path and not encoder.startswith("timm:"))
     return f"{kind}{Path(path).expanduser().absolute()}" if is_path else encoder
+
+
+def repooled(encoder: AudioEncoder, config: EmbedConfig) -> AudioEncoder:
+    """The encoder under another pooling, kept in OUT/encoder for the workers and for whoever indexes the embeddings.
+
+    Raises:
+        ConfigError: its own pooling cannot be left, with the reason.
+    """
+    assert config.pooling is not None
+    comparable(encoder, [config.pooling])
+    other = encoder.with_pooling(config.pooling)
+    other.save(str(to_path(config.out) / "encoder"))
+    return other
 
 
 def load_encoder(encoder: str) -> AudioEncoder:

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from audiomae.artifacts.tables import EmbedSettings
+from audiomae.corpus.decode import decode
 from audiomae.embedding.decoding import decode_item
 from audiomae.embedding.embedder import embed_shard
 from audiomae.embedding.payload import Payload
@@ -118,3 +119,16 @@ def test_only_what_was_let_through_is_taken_back() -> None:
     quiet, loud = np.full(4, 10**-2.9, np.float32), np.ones(4, np.float32)  # -58 dBFS and 0
     pieces = list(hush(iter([Clip(0, 1, quiet), Clip(1, 2, loud), Clip(2, 3, quiet)]), SKIP))
     assert [(type(piece), piece.start_s) for piece in pieces] == [(Clip, 0), (Clip, 1), (Silent, 2), (Silent, 0)]
+
+
+def test_the_barks_of_a_real_corpus_no_longer_find_silence(esc10: Path) -> None:
+    """The query that a newcomer tried: a bark of half a second in five, cut into windows, among others like it."""
+    uris = [str(path.relative_to(esc10)) for path in sorted(esc10.glob("dog_bark/*.ogg"))[:12]]
+    windows = {"window_s": 1.0, "hop_s": 1.0, "sample_rate": 16_000}
+    kept = embedded(esc10, items(*uris), KEEP.model_copy(update=windows))
+    heard = embedded(esc10, items(*uris), SKIP.model_copy(update=windows))
+    assert kept.embeddings.num_rows == 60 == heard.embeddings.num_rows + heard.silent.num_rows
+    assert heard.silent.num_rows >= 10 and set(heard.embeddings["uri"].to_pylist()) == set(uris)
+    rows = heard.embeddings.select(["uri", "start_s", "end_s"]).to_pylist()
+    peaks = [peak_db(decode(esc10 / row["uri"], 16_000, row["start_s"], row["end_s"] - row["start_s"])) for row in rows]
+    assert min(peaks) >= -60

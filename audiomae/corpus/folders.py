@@ -46,6 +46,7 @@ AUDIO_SUFFIXES = frozenset(
     {
         ".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".m4a", ".aac", ".3gp", ".amr", ".caf",
         ".webm", ".wma", ".mp4", ".aif", ".aiff", ".au", ".w64", ".rf64",
+        ".dsf", ".dff", ".shn", ".loas", ".latm", ".ape", ".mpc", ".wv", ".tta", ".ac3", ".mka", ".mkv", ".ts",
     }
 )
 # fmt: on

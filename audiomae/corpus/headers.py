@@ -13,7 +13,30 @@ from audiomae.corpus import ogg
 
 HEAD_BYTES = 16 << 10
 MAX_CHUNKS = 256
+MUSEPACK_FRAME_BYTES = 3  # at least
 UNKNOWN_BYTES = 0x7FFFF000  # and above: a pipe's "I do not know yet"
+
+# what a file begins with, of formats that may come without a decoder
+NAMES = {
+    b"OFR ": "OptimFROG",
+    b"LA0": "La (Lossless Audio)",
+    b"MThd": "MIDI (notes, no sound)",
+    b"ADIF": "AAC in ADIF",
+    b"MAC ": "Monkey's Audio",
+    b"ajkg": "Shorten",
+    b"DSD ": "DSD in DSF",
+    b"FRM8": "DSD in DSDIFF",
+    b"MP+": "Musepack",
+    b"MPCK": "Musepack",
+    b"SHRT": "Shorten",
+    b"RKA": "RK Audio",
+    b"LPAC": "LPAC",
+    b".ra\xfd": "RealAudio",
+    b"caff": "CAF",
+    b"wvpk": "WavPack",
+    b"TTA": "True Audio",
+    b"tBaK": "TAK",
+}
 
 
 @dataclass
@@ -32,6 +55,13 @@ class Facts:
     """It declares no samples, and what follows is well-formed and none."""
     patches: dict[int, bytes] = field(default_factory=dict)
     """Bytes to put over the header, by offset."""
+
+
+def format_name(file: BinaryIO) -> str | None:
+    """The name of the sound format that a file begins like; `None` for what is not known here."""
+    file.seek(0)
+    head = file.read(8)
+    return next((name for magic, name in NAMES.items() if head.startswith(magic)), None)
 
 
 def inspect(file: BinaryIO, size: int) -> Facts:
@@ -53,6 +83,8 @@ def inspect(file: BinaryIO, size: int) -> Facts:
         return _ogg(file, size)
     if head[:4] == b"fLaC":
         return _flac(file, head, size)
+    if head[:3] == b"MP+" and len(head) >= 24 and head[4:8] == bytes(4):
+        return Facts(patches={4: struct.pack("<I", min(size // MUSEPACK_FRAME_BYTES + 1, 1 << 20))})
     return Facts()
 
 

@@ -153,7 +153,7 @@ def _mix_cells(
     mono = np.asarray((samples[:, 0] + samples[:, 1]) * np.float32(0.5))
     rows = mono.reshape(-1, cell)
     pairs = np.ascontiguousarray(samples).reshape(-1, 2 * cell)
-    kept, there = np.einsum("ij,ij->i", rows, rows), np.einsum("ij,ij->i", pairs, pairs) * 0.5
+    kept, there = np.vecdot(rows, rows), np.vecdot(pairs, pairs) * 0.5
     signs = np.where(kept < CANCEL_SHARE * there, np.float32(-1), np.float32(1))
     if before.sign != -1 and (signs > 0).all():
         before.sign = 1.0 if there[-1] > 0 else None

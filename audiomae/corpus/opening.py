@@ -26,7 +26,7 @@ from audiomae.config import StrictConfig
 from audiomae.corpus.damage import DecodeReport, LostSpan, OnDamage, refuse
 from audiomae.corpus.ffmpeg import AvReader
 from audiomae.corpus.files import Patched, RecordingFile
-from audiomae.corpus.headers import Facts, has_mp3_frame, has_mp3_length, inspect
+from audiomae.corpus.headers import Facts, format_name, has_mp3_frame, has_mp3_length, inspect
 from audiomae.corpus.mixing import Pick, cell_frames, mix
 from audiomae.corpus.read_as import CHANNEL
 from audiomae.corpus.readers import AudioInfo, CorruptError, Reader, SoundfileReader, UnreadableError
@@ -218,6 +218,9 @@ class GuardedReader:
         """The block, with silence for samples that are no sound; they are a lost span."""
         if not len(block):
             return block
+        flat = block.reshape(-1)
+        if float(np.dot(flat, flat)) <= MAX_AMPLITUDE**2:  # several times faster than to look at each
+            return block
         low, high = float(block.min()), float(block.max())
         if math.isfinite(low) and math.isfinite(high) and max(-low, high) <= MAX_AMPLITUDE:
             return block
@@ -260,7 +263,9 @@ def opened(source: Any, limits: DecodeLimits, report: DecodeReport | None = None
         except UnreadableError as error:
             if found := target.fault():
                 raise DecodeError("read", f"{type(found).__name__}: {found}", "ReadFailed") from None
-            raise DecodeError("open", f"not audio that can be read: {error}", "UnknownFormat") from None
+            name = format_name(target.file)
+            what = f"{name}, which no decoder here reads" if name else "not audio that can be read"
+            raise DecodeError("open", f"{what}: {error}", "UnknownFormat") from None
         try:
             _check_info(guarded.info, limits)
             yield guarded

@@ -51,7 +51,7 @@ EXPECTED = {
     "pipe.wav": {"NotAFile"},
     "broken_link.wav": {"NotFound"},
     "absent.wav": {"NotFound"},
-    "link_to_itself.wav": {"ReadFailed"},
+    "link_to_itself.wav": {"NotFound"},
 }
 
 

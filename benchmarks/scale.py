@@ -143,7 +143,7 @@ def engine(shards: int) -> dict[str, Any]:
     from ray_jobs.embed.topology import choose_topology
 
     with tempfile.TemporaryDirectory(prefix="audiomae-scale-") as folder:
-        encoder = AudioEncoder.from_config(EncoderConfig(backbone=AudioMAEConfig(dim=64, depth=1, heads=2)))
+        encoder = AudioEncoder.from_config(EncoderConfig(backbone=AudioMAEConfig.model_validate({"size": "debug"})))
         encoder.save(Path(folder) / "encoder")
         settings = SETTINGS.model_copy(update={"fingerprint": encoder.fingerprint, "dim": encoder.dim})
         table = pa.table(

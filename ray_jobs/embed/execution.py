@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
@@ -21,12 +22,13 @@ from audiomae.embedding.payload import decode_shards
 from audiomae.embedding.plan import ShardEntry
 from audiomae.embedding.stages import EncodeStage, FusedStage
 from audiomae.errors import DecodeError
-from ray_jobs._cluster import hint, notice_of_waiting
+from ray_jobs._cluster import cpus_now, hint, notice_of_waiting
 from ray_jobs._ray import quiet_data_context
 from ray_jobs.embed.topology import DECODERS_ANNOUNCED, Topology
 
 PASSES = 4  # in a row that finish no shard
 PROBES_PER_TASK = 32
+MOST_SHARDS_A_BLOCK, BLOCKS_A_WORKER = 16, 64
 # a lost worker is replaced for as long as the job runs, but a shard that keeps killing its worker is given up
 WORKER_FAULTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 1}
 
@@ -74,9 +76,10 @@ def _warn_of_idle_gpus(reports: Sequence[dict[str, Any]], topology: Topology) ->
 def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> Iterator[dict[str, Any]]:
     context = quiet_data_context()  # it would print a traceback per lost worker: run_passes says it in a line
     context.max_errored_blocks = -1  # a shard whose worker died is retried by run_passes, not fatal
-    context.target_max_block_size = None  # a shard is one row and stays one block
-    dataset: Dataset = ray.data.from_items(
-        [{"entry": entry.model_dump_json()} for entry in pending], override_num_blocks=len(pending)
+    context.target_max_block_size = None  # blocks stay as they are
+    most = MOST_SHARDS_A_BLOCK if topology.kind == "fused" else 1  # decoded shards are large: each is a block
+    dataset: Dataset = ray.data.from_arrow(
+        [pa.table({"entry": texts}) for texts in blocks_of(pending, int(cpus_now()), most)]
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -87,6 +90,20 @@ def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> It
             yield from dataset.iter_rows()
     except (RayError, ExecutionTimeoutError) as error:
         print(f"the pipeline stopped: {type(error).__name__}: {str(error)[-2000:]}", file=sys.stderr)
+
+
+def blocks_of(pending: Sequence[ShardEntry], workers: int, most: int) -> Iterator[list[str]]:
+    """The shards in blocks, each one task: single ones while they are few, several where they are many for the workers.
+
+    Ray Data spends milliseconds of the driver on a task, and ten thousand of them at once held it up for good. Blocks
+    shrink towards the end, so that the workers finish together; no shard is lost with its block, since what is
+    committed is skipped when the block is tried again.
+    """
+    at = 0
+    while at < len(pending):
+        count = max(1, min(most, (len(pending) - at) // (BLOCKS_A_WORKER * max(workers, 4))))
+        yield [entry.model_dump_json() for entry in pending[at : at + count]]
+        at += count
 
 
 def _fused(dataset: Dataset, job: EmbedJob, topology: Topology) -> Dataset:

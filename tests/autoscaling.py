@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 128 * 1024**2
 HEAD_TYPE = "ray.head.default"
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
-START_S = 120.0
+START_S = 240.0
 
 
 def cluster_config(node_types: Mapping[str, Mapping[str, Any]], idle_minutes: float, address: str) -> dict[str, Any]:
@@ -83,10 +83,16 @@ def autoscaling_cluster(
             "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
             "RAY_worker_niceness": "0",
+            "RAY_raylet_start_wait_time_s": "180",  # of a busy machine
             **(environment or {}),
         }
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=0"]
-        command += [f"--port={port}", "--include-dashboard=false", f"--object-store-memory={MEMORY}"]
+        command += [
+            f"--port={port}",
+            "--include-dashboard=false",
+            f"--dashboard-port={_free_port()}",
+            f"--object-store-memory={MEMORY}",
+        ]
         command += [f"--autoscaling-config={config}", f"--temp-dir={folder}/ray"]
         with log.open("wb") as file:
             head = subprocess.Popen(command, env={**os.environ, **own}, stdout=file, stderr=subprocess.STDOUT)

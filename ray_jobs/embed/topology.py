@@ -9,6 +9,7 @@ from ray_jobs._cluster import Request
 from ray_jobs._placement import PlacementConfig
 
 MOST_WORKERS = 1024  # of one job: each that waits for its node is an actor that waits
+BESIDE_GPU = 0.0001  # CPUs, the least that Ray counts
 DECODERS_ANNOUNCED = 8  # per GPU encoder, to an autoscaler that starts with nothing; Ray Data asks for more as it goes
 
 
@@ -69,7 +70,7 @@ def lay_out(config: PlacementConfig, shards: int, shapes: Iterable[Mapping[str, 
     encode_request = Request({**encode, **config.encode_resources}, config.encode_labels, config.accelerator_type)
     if kind == "fused":
         return Topology("fused", encode_request, encoders)
-    decode = {"CPU": _decoder_cpus(shapes, encode, gpus), **config.decode_resources}
+    decode = {"CPU": _decoder_cpus(shapes, gpus), **config.decode_resources}
     if not gpus and config.workers is None:  # half of the CPUs: the other half feeds them
         cpus = sum(shape.get("CPU", 0) for shape in shapes)
         encoders = min(encoders, max(1, int(cpus // 2))) if cpus else encoders
@@ -77,30 +78,29 @@ def lay_out(config: PlacementConfig, shards: int, shapes: Iterable[Mapping[str, 
 
 
 def _encoder_cpus(config: PlacementConfig, shapes: list[Mapping[str, float]], gpus: float, alone: bool) -> float:
-    """As many as it has threads, where its nodes have them; beside a GPU its share of the node's, at most."""
+    """As many as it has threads, where its nodes have them.
+
+    An encoder on a GPU that others feed takes a trifle: that keeps one CPU of its node free of decode tasks, and Ray
+    Data, which counts waiting encoders as if they ran, does not take the decode tasks' CPUs for used.
+    """
     hosts = [shape for shape in shapes if shape.get("GPU", 0) >= gpus] if gpus else shapes
-    if not hosts:
-        return float(config.threads)
+    most = max((shape.get("CPU", 0) for shape in hosts), default=0) or float(config.threads)
+    if gpus and not alone:
+        return BESIDE_GPU if all(shape.get("CPU", 0) for shape in hosts) else 0.0
     if gpus:
-        share = min(shape.get("CPU", 0) / shape["GPU"] for shape in hosts if shape.get("GPU")) * gpus
-        feeders = alone or any(shape.get("CPU", 0) >= 1 and not shape.get("GPU") for shape in shapes)
-        return _floor(min(config.threads, share if feeders else share / 2))
-    largest = max(shape.get("CPU", 0) for shape in hosts)
-    if not largest:
-        return float(config.threads)
-    lonely = not alone and sum(shape.get("CPU", 0) for shape in shapes) < 2  # one CPU for both stages
-    return _floor(min(config.threads, largest / 2 if lonely else largest))
+        most = min((shape.get("CPU", 0) / shape["GPU"] * gpus for shape in hosts), default=most)
+    elif not alone and sum(shape.get("CPU", 0) for shape in shapes) < 2:
+        most = most / 2  # one CPU for both stages
+    return _floor(min(config.threads, most))
 
 
-def _decoder_cpus(shapes: list[Mapping[str, float]], encode: Mapping[str, float], gpus: float) -> float:
-    """One, or what the encoders leave over on nodes too small for that."""
-    left = []
-    for shape in shapes:
-        held = min(shape.get("GPU", 0) / gpus, 1e9) * encode["CPU"] if gpus else 0.0
-        left.append(shape.get("CPU", 0) - held)
-    if not gpus and sum(left) < 2 and left:
+def _decoder_cpus(shapes: list[Mapping[str, float]], gpus: float) -> float:
+    """One, or a share of one where the encoders leave less than one on every node."""
+    taken = BESIDE_GPU if gpus else 0.0
+    largest = max((shape.get("CPU", 0) - (taken if shape.get("GPU") else 0) for shape in shapes), default=0)
+    if not gpus and 0 < sum(shape.get("CPU", 0) for shape in shapes) < 2:
         return 0.25
-    return 1.0 if not left or max(left) >= 1 or max(left) <= 0 else max(0.25, _floor(max(left) / 2))
+    return 0.5 if 0 < largest < 1 else 1.0
 
 
 def _floor(share: float) -> float:

@@ -6,7 +6,6 @@ overwritten by Ray Data and Ray Train, which use it themselves.)
 """
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -204,23 +203,3 @@ def _watch(request: Request, most: int, stop: threading.Event) -> None:
 def cpus_now() -> float:
     """CPUs of all nodes that are alive."""
     return sum(node.get("CPU", 0) for node in nodes())
-
-
-def running_here() -> str:
-    """The id of the node that this driver runs on."""
-    return str(ray.get_runtime_context().get_node_id())
-
-
-def other_nodes() -> list[dict[str, Any]]:
-    """The alive nodes besides this driver's that can run anything."""
-    here = running_here()
-    return [
-        node
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] != here and (node["Resources"].keys() & {"CPU", "GPU"})
-    ]
-
-
-def unseen_by(paths: list[str], host: str) -> tuple[str, list[str]]:
-    """(host, those of the paths that do not exist there); runs on the node in question."""
-    return host, [path for path in paths if not os.path.exists(path)]

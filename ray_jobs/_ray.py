@@ -37,6 +37,13 @@ def connect() -> None:
     )
 
 
+def in_cluster() -> bool:
+    """Whether `connect` joins a cluster that is there already, rather than starting one on this machine."""
+    import ray
+
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+
+
 def quiet_data_context() -> "DataContext":
     """Ray Data's settings in this driver, with its own logging and bars off: the jobs print their own progress."""
     from ray.data import DataContext  # sets the level of its logger when it is imported

@@ -62,13 +62,13 @@ def compose(args: ServeArgs, version: str) -> serve.Application:
     """
     from serve.encoder import Encoder
 
-    gpu = front.has_gpu(args.device)
+    gpus = front.encoder_gpus(args)
     encoder = (
         deployment(Encoder)
         .options(
             num_replicas=args.encoder_replicas,
             max_ongoing_requests=API_REQUESTS,
-            ray_actor_options={"num_cpus": 0.5, "num_gpus": 1 if gpu else 0},
+            ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus},
         )
         .bind(args, version)
     )
@@ -83,7 +83,7 @@ def compose(args: ServeArgs, version: str) -> serve.Application:
             ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": front.REPLICA_ENVIRONMENT}},
             logging_config={"enable_access_log": False},
         )
-        .bind(args, encoder, shared, not gpu)
+        .bind(args, encoder, shared, not gpus)
     )
 
 

@@ -14,6 +14,11 @@ class ServeArgs(StrictConfig):
     port: int | None = Field(default=None, ge=1, le=65535, description="HTTP port, 8000 unless given")
     cors: str = Field(default="", description="origin that browsers may call from, or *; empty: same origin only")
 
+    encoder_gpus: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs each Encoder replica reserves; default: 1 where the cluster has or may start any, else 0",
+    )
     device: str = Field(default="auto", description="where the encoder runs: auto, cpu, cuda")
     dtype: str = Field(default="auto", description="precision of the encoder: auto, float32, bfloat16")
     encoder_threads: int = Field(default=0, ge=0, description="torch threads of one encoder; 0 = all cores")

@@ -8,6 +8,7 @@ import click
 import ray
 from ray import serve
 
+from ray_jobs._cluster import offers_gpus
 from serve import proxy
 from serve.arguments import ServeArgs
 
@@ -59,11 +60,13 @@ def connect() -> None:
     ray.init(**options)
 
 
-def has_gpu(device: str) -> bool:
-    """Whether the encoder gets a GPU: it is asked for, or `auto` and the cluster has one."""
-    if device.startswith("cuda"):
-        return True
-    return device == "auto" and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+def encoder_gpus(args: ServeArgs) -> float:
+    """GPUs of each Encoder replica: as asked for, else 1 where the cluster has one or its autoscaler would start one."""
+    if args.encoder_gpus is not None:
+        return args.encoder_gpus
+    if args.device != "auto":
+        return 1.0 if args.device.startswith("cuda") else 0.0
+    return 1.0 if ray.is_initialized() and offers_gpus() else 0.0
 
 
 def is_running(deployment: str) -> bool:

@@ -4,6 +4,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def ray_cluster(s3_server: str) -> Iterator[None]:
     """
     import ray
 
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+def start_ray() -> None:
+    """The suite's own cluster."""
+    import ray
+
     ray.init(
         address="local",
         num_cpus=4,
@@ -88,16 +98,21 @@ def ray_cluster(s3_server: str) -> Iterator[None]:
         logging_level="warning",
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
-    yield
+
+
+@contextmanager
+def another_cluster() -> Iterator[None]:
+    """Leave the suite's cluster, where it is up, for as long as the block runs."""
+    import ray
+
+    was_up = ray.is_initialized()
     ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def cpu_with_bfloat16() -> Iterator[None]:
-    """The precision rule believes that this machine computes bfloat16 in hardware, whatever it is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("audiomae.model.devices.native_bfloat16", lambda device: True)
+    try:
         yield
+    finally:
+        ray.shutdown()
+        if was_up:
+            start_ray()
 
 
 @pytest.fixture(scope="session")

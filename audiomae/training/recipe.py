@@ -196,9 +196,20 @@ class WorkersConfig(StrictConfig):
     """Ray Train workers. Their number decides the random draws of a step, never its clips."""
 
     num: int | tuple[int, int] = Field(2, description="workers, or [least, most] for elastic training")
-    gpu: bool | Literal["auto"] = Field("auto", description="one GPU per worker; auto = if the cluster has any")
+    gpu: bool | Literal["auto"] = Field(
+        "auto", description="one GPU per worker; auto = where the cluster has or may start any"
+    )
     cpus: float = Field(1, gt=0, description="CPUs reserved per worker")
+    accelerator_type: str | None = Field(None, description="kind of GPU, such as L4 or H100")
+    resources: dict[str, float] = Field({}, description="custom resources each worker reserves")
+    labels: dict[str, str] = Field({}, description="node labels the workers need, `!value` to avoid one")
     max_failures: int = Field(3, ge=-1, description="worker failures to restart from; -1 = no limit")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "WorkersConfig":
+        if self.accelerator_type and self.gpu is False:
+            raise ValueError(f"accelerator_type {self.accelerator_type} needs gpu: true or auto, got false")
+        return self
 
     @model_validator(mode="after")
     def _ordered(self) -> "WorkersConfig":

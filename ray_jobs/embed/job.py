@@ -28,7 +28,8 @@ from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.model.poolings import comparable
 from audiomae.storage import to_path, write_json
-from ray_jobs._ray import connect
+from ray_jobs._ray import connect, in_cluster
+from ray_jobs._shared_disk import check_shared_disk
 from ray_jobs.configs import EmbedConfig, EmbedResult
 from ray_jobs.embed.estimate import estimate
 from ray_jobs.embed.execution import probe_durations, run_passes
@@ -44,6 +45,9 @@ def run(config: EmbedConfig) -> EmbedResult:
     """See `ray_jobs.embed_corpus.embed`."""
     began = time.time()
     config = config.model_copy(update={"encoder": absolute(config.encoder)})
+    if not (config.check or config.dry_run) and in_cluster():
+        connect()
+        check_shared_disk({"--encoder": config.encoder, "--corpus": config.corpus}, {"--out": config.out})
     encoder = load_encoder(config.encoder)
     if config.pooling and config.pooling != encoder.pooling.name:
         encoder = repooled(encoder, config)

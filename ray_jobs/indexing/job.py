@@ -21,13 +21,18 @@ from audiomae.search.build_plan import Plan, make_plan
 from audiomae.search.items import Items
 from audiomae.search.layout import write_map
 from audiomae.search.spec import BuildOptions
-from ray_jobs._ray import connect
+from ray_jobs._cluster import Request, notice_of_waiting
+from ray_jobs._ray import connect, in_cluster
+from ray_jobs._shared_disk import check_shared_disk
 from ray_jobs.configs import BuildConfig
 
 
 def run(config: BuildConfig) -> Release:
     """See `ray_jobs.build_index.build`."""
     started = time.monotonic()
+    if in_cluster():
+        connect()
+        check_shared_disk({"--embeddings": next(iter(config.embeddings), None)}, {"--out": config.out})
     base = release.resolve_or_none(config.out)
     sets = [_open_set(uri) for uri in config.embeddings]
     fingerprint, dim = _check_same_encoder(sets, base)
@@ -40,7 +45,9 @@ def run(config: BuildConfig) -> Release:
     parts_dir = str(storage.to_path(config.out) / "parts")
     with release.staging(config.out) as staging:
         _save_encoder(config.encoder, sets, base, fingerprint, staging / "encoder")
-        trained = _make_parts(work, parts_dir, config)
+        connect()
+        with notice_of_waiting(Request({"CPU": 1}), len(work.parts)):
+            trained = _make_parts(work, parts_dir, config)
         build.assemble(work, parts_dir, trained, dim, staging)
         live, found = _measure(work, staging, config)
         draw_map(staging, live)
@@ -129,7 +136,6 @@ def _save_encoder(
 
 def _make_parts(work: Plan, parts_dir: str, config: BuildConfig) -> str | None:
     """Read and index all parts as Ray tasks; return where the trained index lies (None: none is needed)."""
-    connect()
     _run_tasks("rows", build.write_rows, [(part, parts_dir) for part in work.parts])
     if work.spec.kind == "flat":
         return None

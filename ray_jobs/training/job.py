@@ -36,10 +36,13 @@ from audiomae.storage import (
 from audiomae.training.items import CORPUS_ROOT, build_items
 from audiomae.training.recipe import Recipe
 from audiomae.training.split import cautions, repeated
+from ray_jobs._cluster import notice_of_waiting
 from ray_jobs._ray import connect
+from ray_jobs._shared_disk import check_shared_disk
 from ray_jobs.configs import TrainConfig, TrainResult
 from ray_jobs.training.feature_cache import build_cache, list_files
 from ray_jobs.training.fitting import fitted
+from ray_jobs.training.nodes import choose_workers, collectives, scaling, worker_device
 
 MAY_CHANGE = ("workers", "checkpoint")
 PROGRESS_FILE, RECEIPT = "progress.json", "train.json"
@@ -59,6 +62,10 @@ def run(config: TrainConfig) -> TrainResult:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")  # autoscaled or busy nodes take a while
     connect()
+    check_shared_disk(
+        {"--corpus": config.corpus, "--init": config.init},
+        {"--storage": config.storage, "--data.cache": config.data.cache},
+    )
     started = time.monotonic()
     prepared = _prepare(folder, config)
     result = _fit(folder, config, prepared.cache)
@@ -146,10 +153,12 @@ def _fit(run: Any, config: TrainConfig, cache: str) -> Any:
     from ray.train.torch import TorchTrainer
 
     filesystem, storage_path = arrow_filesystem(config.storage)
+    request = choose_workers(config.workers)
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]  # Ray 2.60 passes its return value on, its annotation says None
         train_loop_config={"config": config.training.model_dump(mode="json"), "run": str(run), "cache": cache},
-        scaling_config=_scaling(config),
+        scaling_config=scaling(config.workers, request),
+        torch_config=collectives(request),
         run_config=RunConfig(
             name=config.name,
             storage_path=storage_path,
@@ -159,37 +168,18 @@ def _fit(run: Any, config: TrainConfig, cache: str) -> Any:
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
         ),
     )
-    with _ProgressWatch(run):
+    with _ProgressWatch(run), notice_of_waiting(request, config.workers.range[1]):
         return trainer.fit()
-
-
-def _scaling(config: TrainConfig) -> Any:
-    import ray
-    from ray.train import ScalingConfig
-
-    least, most = config.workers.range
-    have = ray.cluster_resources()
-    gpu = bool(have.get("GPU")) if config.workers.gpu == "auto" else bool(config.workers.gpu)
-    cpus = min(config.workers.cpus, have.get("CPU", most) / least)
-    if cpus < config.workers.cpus:
-        print(f"the cluster has {have.get('CPU', 0):g} CPUs for {least} workers: each reserves {cpus:g}")
-    return ScalingConfig(
-        num_workers=least if least == most else (least, most),  # type: ignore[arg-type]
-        use_gpu=gpu,
-        resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
-    )
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any] | None:
     """One Ray Train worker. Returns what stopped training short of its end, None when it is done."""
-    import ray.train.torch
-
     from audiomae.training.loop import TrainLoop
 
     run = to_path(settings["run"])
     config = build_config(Recipe, settings["config"])
     items = pq.read_table(io.BytesIO(read_bytes(run / "items.parquet")))
-    loop = TrainLoop(config, items, localise(settings["cache"]), ray.train.torch.get_device(), _RayHost(run))
+    loop = TrainLoop(config, items, localise(settings["cache"]), worker_device(), _RayHost(run))
     stopped = loop.run()
     return vars(stopped) if stopped else None
 

@@ -59,3 +59,22 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, Finder())
+
+
+def hide(folder: str) -> None:
+    """Put an empty folder over `folder` for this process and its children: a node with a disk of its own.
+
+    It does what `unshare --mount` and `mount -t tmpfs` do; without root in a user namespace of its own.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, new_user, private, recursive = 0x00020000, 0x10000000, 1 << 18, 1 << 14
+    if libc.unshare(new_mounts | (0 if os.geteuid() == 0 else new_user)):
+        raise OSError(ctypes.get_errno(), "unshare")
+    if libc.mount(b"none", b"/", None, recursive | private, None):
+        raise OSError(ctypes.get_errno(), "mount")
+    if libc.mount(b"none", folder.encode(), b"tmpfs", 0, None):
+        raise OSError(ctypes.get_errno(), f"mount {folder}")
+
+
+if os.environ.get("AUDIOMAE_FAULT_HIDE"):
+    hide(os.environ["AUDIOMAE_FAULT_HIDE"])

@@ -1,5 +1,6 @@
 """cluster.yaml is a file that Ray's cluster launcher accepts, with the three kinds of node the jobs ask for."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,19 @@ def test_nothing_listens_beyond_loopback_by_itself(config: dict[str, Any]) -> No
 def test_what_must_be_changed_is_marked_and_never_a_stale_id() -> None:
     images = [line.split("ImageId:")[1].strip() for line in CLUSTER.read_text().splitlines() if "ImageId:" in line]
     assert all("CHANGE-ME" in image or image == "*ubuntu" for image in images) and len(images) == 3
+
+
+def test_its_commands_are_shell(config: dict[str, Any]) -> None:
+    for key in (key for key in config if key.endswith("_commands")):
+        for command in config[key]:
+            subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_nodes_may_read_the_bucket_run_an_image_and_cost_what_spot_costs(config: dict[str, Any]) -> None:
+    for name, node in config["available_node_types"].items():
+        assert node["node_config"]["IamInstanceProfile"]["Name"], name
+        if name != "head":
+            assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}, name
+    assert "audiomae:cpu" in config["docker"]["image"]
+    assert "audiomae:gpu" in config["available_node_types"]["gpu"]["docker"]["worker_image"]
+    assert not any("pip install" in command for key in config if key.endswith("_commands") for command in config[key])

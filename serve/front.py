@@ -61,7 +61,7 @@ def connect() -> None:
 
 
 def encoder_gpus(args: ServeArgs) -> float:
-    """GPUs of each Encoder replica: as asked for, else 1 where the cluster has one or its autoscaler would start one."""
+    """GPUs of each Encoder replica: as asked for, else 1 where the cluster has one or would start one."""
     if args.encoder_gpus is not None:
         return args.encoder_gpus
     if args.device != "auto":

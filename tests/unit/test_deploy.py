@@ -61,15 +61,23 @@ def test_kuberay_knows_every_field(name: str) -> None:
         assert group.keys() <= FIELDS["worker"]
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         (container,) = group["template"]["spec"]["containers"]
-        assert container["resources"]["requests"].items() >= {"memory": container["resources"]["limits"]["memory"]}.items()
-    strings = [value for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]] for value in group["rayStartParams"].values()]
+        assert (
+            container["resources"]["requests"].items() >= {"memory": container["resources"]["limits"]["memory"]}.items()
+        )
+    strings = [
+        value
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        for value in group["rayStartParams"].values()
+    ]
     assert all(isinstance(value, str) for value in strings)  # the definition takes nothing else
 
 
 def test_the_cluster_starts_with_its_head_alone_and_its_ray_is_ours() -> None:
     pinned = re.search(r"^ray(?:\[.*\])?==([0-9.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
-    assert read("cluster")["spec"]["rayVersion"] == read("service")["spec"]["rayClusterConfig"]["rayVersion"] == pinned[1]
+    assert (
+        read("cluster")["spec"]["rayVersion"] == read("service")["spec"]["rayClusterConfig"]["rayVersion"] == pinned[1]
+    )
     assert all(group["replicas"] == 0 for group in read("cluster")["spec"]["workerGroupSpecs"])
 
 

@@ -1,9 +1,9 @@
 """The features of a remote cache that a node needs now, on its own disk: bounded, checked, shared by its processes.
 
-A shard is fetched when it is first read, or ahead of that by `prefetch`; it counts only when its bytes have the checksum
-of its receipt. The shards used least recently make room for new ones. All processes of a node use one folder: a lock for
-each shard keeps two of them from fetching it twice, a lock for the folder keeps them from making room at once. A shard
-that is removed while another process reads it stays readable there, since it is mapped.
+A shard is fetched when it is first read, or ahead of that by `prefetch`; it counts only when its bytes have the
+checksum of its receipt. The shards used least recently make room for new ones. All processes of a node use one folder:
+a lock for each shard keeps two of them from fetching it twice, one for the folder from making room at the same time.
+A shard that is removed while another process reads it stays readable there, since it is mapped.
 """
 
 import fcntl

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from audiomae.artifacts import receipts
-from audiomae.artifacts.receipts import FileEntry, Receipt, entry_of
+from audiomae.artifacts.receipts import Receipt, entry_of, entry_of_file
+from audiomae.artifacts.shard_cache import FIX, ShardCache, read_receipt, shard_name
 from audiomae.artifacts.tables import map_ahead, read_parquet
-from audiomae.errors import IntegrityError
-from audiomae.storage import Location, copy_file, is_local, list_names, to_path, write_bytes
+from audiomae.storage import Location, copy_file, list_names, to_path, write_bytes
 
 CLIP_SCHEMA = pa.schema(
     [
@@ -36,10 +36,6 @@ CLIP_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-
-
-FIX = "delete the shard's receipt (the .json beside it) and run the same command again to make it anew"
-UNSEALED = frozenset({"clips", "clips_sha256", "features_bytes", "features_sha256"})  # receipts of older versions
 
 
 @dataclass(frozen=True)
@@ -77,30 +73,66 @@ def write_shard(cache: str, index: int, uris: Sequence[str], extract: Extract) -
         extract: uri -> its clips; an exception becomes a row with the reason and the job goes on.
     """
     rows: list[dict[str, Any]] = []
-    parts: list[npt.NDArray[np.float16]] = []
-    offset = 0
-    for uri in uris:
-        try:
-            segments = [(s.start_s, s.end_s, s.features.astype(np.float16)) for s in extract(uri)]
-            if not all(np.isfinite(features).all() for *_, features in segments):
-                raise ValueError("the features are not finite")
-        except Exception as error:
-            rows.append({"uri": uri, "error": f"{type(error).__name__}: {error}"[:500]})
-            continue
-        for start_s, end_s, features in segments:
-            frames = len(features)
-            rows.append({"uri": uri, "start_s": start_s, "end_s": end_s, "first_frame": offset, "frames": frames})
-            parts.append(features)
-            offset += frames
-    features = np.concatenate(parts) if parts else np.empty((0, 0), np.float16)
-    _commit_shard(cache, index, features, pa.Table.from_pylist(rows, CLIP_SCHEMA))
+    with tempfile.TemporaryDirectory(prefix="audiomae-shard-") as folder:
+        with _Growing(Path(folder) / "features.npy") as features:
+            for uri in uris:
+                before, first = features.frames, len(rows)
+                try:
+                    for segment in extract(uri):
+                        rows.append({"uri": uri, "first_frame": features.frames, "frames": len(segment.features)})
+                        rows[-1] |= {"start_s": segment.start_s, "end_s": segment.end_s}
+                        features.append(segment.features)
+                except Exception as error:
+                    features.cut(before)
+                    rows[first:] = [{"uri": uri, "error": f"{type(error).__name__}: {error}"[:500]}]
+        _commit_shard(cache, index, features.path, pa.Table.from_pylist(rows, CLIP_SCHEMA))
     return sum(1 for row in rows if "error" in row)
+
+
+class _Growing:
+    """A `.npy` file of float16[frames, mels] that is written row by row, so that memory holds one clip."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.frames, self.bands = path, 0, 0
+        self._file = path.open("w+b")
+
+    def append(self, features: npt.NDArray[np.floating[Any]]) -> None:
+        """Add rows. Raises ValueError when one is not finite."""
+        rows = features.astype(np.float16)
+        if not np.isfinite(rows).all():
+            raise ValueError("the features are not finite")
+        if not self.bands:
+            self.bands = rows.shape[1]
+            self._header()
+        self._file.write(np.ascontiguousarray(rows).data)
+        self.frames += len(rows)
+
+    def cut(self, frames: int) -> None:
+        """Back to the first `frames` rows."""
+        if self.bands:
+            self._file.seek(self._header_bytes + frames * self.bands * 2)
+            self._file.truncate()
+        self.frames = frames
+
+    def _header(self) -> None:
+        """numpy leaves room in the header for the first dimension to grow."""
+        self._file.seek(0)
+        shape = (self.frames, self.bands)
+        np.lib.format.write_array_header_1_0(self._file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        self._header_bytes = self._file.tell()
+
+    def __enter__(self) -> "_Growing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._header()
+        self._file.close()
 
 
 def pending_shards(cache: str, shards: int) -> list[int]:
     """Shard numbers without a receipt."""
     present = set(list_names(cache))
-    return [index for index in range(shards) if f"{_stem(index)}.json" not in present]
+    return [index for index in range(shards) if f"{shard_name(index)}.json" not in present]
 
 
 def read_clips(cache: str, shards: int) -> pa.Table:
@@ -111,86 +143,39 @@ def read_clips(cache: str, shards: int) -> pa.Table:
     """
 
     def read(index: int) -> pa.Table:
-        name = f"{_stem(index)}.parquet"
+        name = f"{shard_name(index)}.parquet"
         table = read_parquet(receipts.read_file(cache, name, read_receipt(cache, index), FIX))
         return table.append_column("shard", pa.array(np.full(len(table), index, np.int32)))
 
     return pa.concat_tables(map_ahead(read, range(shards), ahead=16))
 
 
-def read_receipt(cache: Location, index: int) -> Receipt:
-    """The receipt of one shard, in today's form for older caches too.
-
-    Raises:
-        IntegrityError: there is none, or it is damaged.
-    """
-    stem, root = _stem(index), to_path(cache)
-    path = root / f"{stem}.json"
-    try:
-        value = receipts.read_sealed(path, UNSEALED, FIX)
-    except FileNotFoundError:
-        raise IntegrityError(
-            f"{root}: {stem} has no receipt, so it was not finished; run the same command again"
-        ) from None
-    if "facts" in value:
-        return Receipt.decode(value, path)
-    files = {
-        f"{stem}.npy": FileEntry(value["features_sha256"], value["features_bytes"]),
-        f"{stem}.parquet": FileEntry(value["clips_sha256"]),
-    }
-    return Receipt(files, {"clips": value["clips"]})
-
-
 def verify_features(cache: Location, shards: Iterable[int]) -> None:
     """Check the features of these shards. IntegrityError names the first file that is missing, cut or changed."""
 
     def check(index: int) -> None:
-        name = f"{_stem(index)}.npy"
+        name = f"{shard_name(index)}.npy"
         receipts.verify(cache, read_receipt(cache, index), [name], FIX)
 
     for _ in map_ahead(check, shards):
         pass
 
 
-def localise(cache: str) -> Path:
-    """A local directory with the features of `cache`: itself when local, else a copy kept for the next run.
-
-    A copy that is not what the receipt says is fetched again.
-    """
-    root = to_path(cache)
-    if is_local(root):
-        return Path(str(root))
-    target = Path(tempfile.gettempdir()) / "audiomae-features" / root.name
-    for name in list_names(root):
-        if name.startswith("shard-") and name.endswith(".json"):
-            index = int(name.removeprefix("shard-").removesuffix(".json"))
-            if not (target / name).exists():
-                copy_file(root / name, target / name)
-            try:
-                verify_features(target, [index])
-            except IntegrityError:
-                for suffix in (".npy", ".json"):
-                    copy_file(root / (_stem(index) + suffix), target / (_stem(index) + suffix))
-    return target
-
-
 class FeatureStore:
-    """Memory-mapped features of a set of clips.
+    """Features of a set of clips.
 
     Args:
-        cache: local cache directory.
+        cache: the shards.
         shard, first_frame, frames: int[N], where each clip lies.
-
-    Raises:
-        IntegrityError: a file of features is not what its receipt says.
     """
 
-    def __init__(self, cache: Path, shard: npt.ArrayLike, first_frame: npt.ArrayLike, frames: npt.ArrayLike) -> None:
+    def __init__(
+        self, cache: ShardCache, shard: npt.ArrayLike, first_frame: npt.ArrayLike, frames: npt.ArrayLike
+    ) -> None:
+        self.cache = cache
         self.shard, self.first_frame = np.asarray(shard), np.asarray(first_frame)
         self.frames = np.asarray(frames)
-        used = np.unique(self.shard).tolist()
-        verify_features(cache, used)
-        self._maps = {index: np.load(cache / f"{_stem(index)}.npy", mmap_mode="r") for index in used}
+        self._bands = 0
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -198,35 +183,32 @@ class FeatureStore:
     @property
     def bands(self) -> int:
         """Mel bands per frame."""
-        return int(next(iter(self._maps.values())).shape[1])
+        if not self._bands:
+            self._bands = int(self.cache.get(int(self.shard[0])).shape[1])
+        return self._bands
 
     def read(self, clip: int, start: int, length: int, out: npt.NDArray[np.float16]) -> None:
         """Copy `length` frames of a clip from frame `start` into `out` [length, F]; a short clip is repeated."""
         frames, first = int(self.frames[clip]), int(self.first_frame[clip])
-        features = self._maps[int(self.shard[clip])][first : first + frames]
+        features = self.cache.get(int(self.shard[clip]))[first : first + frames]
         if start + length <= frames:
             out[:] = features[start : start + length]
         else:
             out[:] = features[np.arange(start, start + length) % frames]
 
 
-def _stem(index: int) -> str:
-    return f"shard-{index:05d}"
-
-
-def _commit_shard(cache: str, index: int, features: npt.NDArray[np.float16], clips: pa.Table) -> None:
+def _commit_shard(cache: str, index: int, features: Path, clips: pa.Table) -> None:
     """Write the files of a shard, then its receipt.
 
     Raises:
         IntegrityError: another process committed the shard meanwhile, with other bytes than those now there.
     """
-    root, stem = to_path(cache), _stem(index)
-    array, table = io.BytesIO(), io.BytesIO()
-    np.save(array, features)
+    root, stem = to_path(cache), shard_name(index)
+    table = io.BytesIO()
     pq.write_table(clips, table)
-    files = {f"{stem}.npy": array.getvalue(), f"{stem}.parquet": table.getvalue()}
-    for name, data in files.items():
-        write_bytes(root / name, data)
-    receipt = Receipt({name: entry_of(data) for name, data in files.items()}, {"clips": len(clips)})
+    copy_file(features, root / f"{stem}.npy")
+    write_bytes(root / f"{stem}.parquet", table.getvalue())
+    files = {f"{stem}.npy": entry_of_file(features), f"{stem}.parquet": entry_of(table.getvalue())}
+    receipt = Receipt(files, {"clips": len(clips)})
     if not receipts.create(root / f"{stem}.json", receipt):
         receipts.verify(root, read_receipt(cache, index), fix=FIX)

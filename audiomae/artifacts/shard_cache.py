@@ -13,16 +13,21 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from audiomae.artifacts import receipts
+from audiomae.artifacts.receipts import FileEntry, Receipt, entry_of_file
 from audiomae.errors import IntegrityError, UserError
-from audiomae.storage import copy_file, is_local, read_json, sha256_file, to_path
+from audiomae.storage import Location, copy_file, is_local, to_path
 
+FIX = "delete the shard's receipt (the .json beside it) and run the same command again to make it anew"
+UNSEALED = frozenset({"clips", "clips_sha256", "features_bytes", "features_sha256"})  # receipts of older versions
 GIB = 1 << 30
+DEFAULT_GIB = 64.0
 FETCHERS = 4
 ATTEMPTS = 3
 MAPPED = 256  # shards kept mapped by one process
@@ -40,7 +45,7 @@ class ShardCache:
         fetched_bytes: fetched by this process.
     """
 
-    def __init__(self, cache: str, limit_gib: float, folder: Path | None = None) -> None:
+    def __init__(self, cache: str, limit_gib: float = DEFAULT_GIB, folder: Path | None = None) -> None:
         self.source = to_path(cache)
         self.limit = int(limit_gib * GIB)
         self.remote = not is_local(self.source)
@@ -103,46 +108,52 @@ class ShardCache:
         """Where the shard lies on this node, fetched if it must be."""
         name = f"{shard_name(shard)}.npy"
         if not self.remote:
+            receipts.verify(self.source, read_receipt(self.source, shard), [name], FIX)
             return Path(str(self.source)) / name
-        path = self.folder / name
+        path, entry = self.folder / name, read_receipt(self.source, shard).files[name]
         with _locked(self.folder / f"{name}.lock"):
-            if path.exists():
+            try:
+                entry.check(path, entry_of_file(path), FIX)
                 os.utime(path)
-            else:
-                self._fetch(shard, path)
+            except (FileNotFoundError, IntegrityError):  # not there yet, or no longer what it was
+                path.unlink(missing_ok=True)
+                self._fetch(path, entry)
         return path
 
-    def _fetch(self, shard: int, path: Path) -> None:
-        receipt = read_json(self.source / f"{shard_name(shard)}.json")
-        size = int(receipt["features_bytes"])
+    def _fetch(self, path: Path, entry: FileEntry) -> None:
+        size = entry.bytes or 0
         if size > self.limit:
             raise UserError(
-                f"shard {shard} of {self.source} has {size / GIB:.2f} GiB, more than data.cache_gib "
+                f"{path.name} of {self.source} has {size / GIB:.2f} GiB, more than data.cache_gib "
                 f"{self.limit / GIB:.2f}; raise it"
             )
+        reserve = self.folder / f"{path.name}.coming"
         with _locked(self.folder / "room.lock"):
             self._make_room(size)
-            reserve = self.folder / f"{path.name}.coming"
-            reserve.write_bytes(b"")
+            reserve.touch()
             os.truncate(reserve, size)  # counts as taken while the bytes come
-        got = ""
         try:
-            for _ in range(ATTEMPTS):
+            for attempt in range(ATTEMPTS):
                 copy_file(self.source / path.name, reserve)
                 self.fetched_bytes += reserve.stat().st_size
-                if (got := sha256_file(reserve)) == receipt["features_sha256"]:
-                    reserve.replace(path)
-                    return
+                try:
+                    entry.check(self.source / path.name, entry_of_file(reserve), FIX)
+                except IntegrityError:  # cut on its way, perhaps
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                    continue
+                reserve.replace(path)
+                return
         finally:
             reserve.unlink(missing_ok=True)
-        raise IntegrityError(
-            f"{self.source / path.name}: sha256 {got}, expected {receipt['features_sha256']} as in its receipt; delete "
-            "the cache directory and run the same command again"
-        )
 
     def _make_room(self, size: int) -> None:
         """Remove the shards used least recently until `size` more bytes fit."""
-        files = [(item.stat(), item) for item in self.folder.iterdir() if item.suffix in (".npy", ".coming")]
+        files = []
+        for item in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # another thread or process has just renamed or removed it
+                if item.suffix in (".npy", ".coming"):
+                    files.append((item.stat(), item))
         taken = sum(stat.st_size for stat, _ in files)
         kept = sorted((stat.st_mtime, item.name, stat.st_size, item) for stat, item in files if item.suffix == ".npy")
         for _, _, bytes_freed, item in kept:
@@ -150,6 +161,29 @@ class ShardCache:
                 return
             item.unlink(missing_ok=True)
             taken -= bytes_freed
+
+
+def read_receipt(cache: Location, index: int) -> Receipt:
+    """The receipt of one shard, in today's form for older caches too.
+
+    Raises:
+        IntegrityError: there is none, or it is damaged.
+    """
+    stem, root = shard_name(index), to_path(cache)
+    path = root / f"{stem}.json"
+    try:
+        value = receipts.read_sealed(path, UNSEALED, FIX)
+    except FileNotFoundError:
+        raise IntegrityError(
+            f"{root}: {stem} has no receipt, so it was not finished; run the same command again"
+        ) from None
+    if "facts" in value:
+        return Receipt.decode(value, path)
+    files = {
+        f"{stem}.npy": FileEntry(value["features_sha256"], value["features_bytes"]),
+        f"{stem}.parquet": FileEntry(value["clips_sha256"]),
+    }
+    return Receipt(files, {"clips": value["clips"]})
 
 
 def shard_name(index: int) -> str:

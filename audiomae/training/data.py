@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from audiomae.artifacts.features import FeatureStore
+from audiomae.training.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -23,33 +24,6 @@ class Batch:
     step: int
     clips: npt.NDArray[np.int64]
     features: npt.NDArray[np.float16]
-
-
-class Sampler:
-    """Which clips a step uses: a fresh permutation of the clips per epoch, cut into global batches.
-
-    A pure function of (seed, step): nothing to save, and every rank and every restart agrees. The rest of an epoch
-    that does not fill a batch is left out; fewer clips than one batch are repeated to fill it.
-    """
-
-    def __init__(self, clips: npt.ArrayLike, batch_size: int, seed: int) -> None:
-        self.clips = np.asarray(clips, np.int64)
-        self.batch_size, self.seed = batch_size, seed
-        self.steps_per_epoch = max(1, len(self.clips) // batch_size)
-        self._epoch, self._order = -1, self.clips
-
-    def global_batch(self, step: int) -> npt.NDArray[np.int64]:
-        """int64[batch_size] clips of one step, all ranks together."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.clips)
-            self._epoch, self._order = epoch, np.resize(order, max(len(order), self.batch_size))
-        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
-
-    def local_batch(self, step: int, rank: int, world_size: int) -> npt.NDArray[np.int64]:
-        """The contiguous share of `global_batch` that belongs to one rank, equally many for each."""
-        share = self.batch_size // world_size
-        return self.global_batch(step)[rank * share : (rank + 1) * share]
 
 
 class Loader:
@@ -93,6 +67,12 @@ class Loader:
                 features[view] = features[view][:, again]
         return Batch(step, clips, features)
 
+    def _fetch_ahead(self, step: int, first_step: int) -> None:
+        """Twice a block, and at the start of an epoch, fetch the shards of this block and the next."""
+        every = max(1, self.sampler.block_steps // 2)
+        if step == first_step or step % self.sampler.steps_per_epoch % every == 0:
+            self.store.cache.prefetch(self.sampler.shards_ahead(step, self.rank, self.world_size).tolist())
+
     def batches(self, first_step: int, end_step: int) -> Generator[Batch]:
         """Batches of steps `first_step` to `end_step - 1`, read ahead."""
         ready: queue.Queue[Batch | BaseException] = queue.Queue(self.depth)
@@ -110,6 +90,7 @@ class Loader:
                 for step in range(first_step, end_step):
                     if stop.is_set():
                         return
+                    self._fetch_ahead(step, first_step)
                     put(self.read(step))
             except BaseException as error:
                 put(error)

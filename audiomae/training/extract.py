@@ -18,7 +18,7 @@ def plain_features(config: FeatureConfig) -> FeatureConfig:
 
 def cache_recipe(config: FeatureConfig, clip_s: float) -> dict[str, Any]:
     """What decides the bytes of a cache besides the files."""
-    return {"features": plain_features(config).model_dump(mode="json"), "clip_s": clip_s, "layout": 1}
+    return {"features": plain_features(config).model_dump(mode="json"), "clip_s": clip_s, "layout": 2}
 
 
 class Extractor:

@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from audiomae.artifacts.features import FeatureStore
+from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.errors import ConfigError
 from audiomae.model.devices import pick_precision
 from audiomae.model.encoder import AudioEncoder
 from audiomae.training import schedule
 from audiomae.training.augment import augment
-from audiomae.training.data import Batch, Loader, Sampler
+from audiomae.training.data import Batch, Loader
 from audiomae.training.distributed import rank, world_size
 from audiomae.training.items import numbered
 from audiomae.training.objectives import ClipTargets, Objective, Replay
 from audiomae.training.recipe import HIDDEN_TARGETS, Recipe
+from audiomae.training.sampling import Sampler
 from audiomae.training.validation import Validator
 
 STATE_FILE, ENCODER_DIR = "state.pt", "encoder"
@@ -101,17 +103,18 @@ class TrainLoop:
     Args:
         config: the recipe.
         items: from `build_items`.
-        cache: local feature cache.
+        cache: feature cache, a folder or an S3 prefix.
         device: where to train.
         host: checkpoints and reports.
 
     torch.distributed must be initialised already when there are several workers.
     """
 
-    def __init__(self, config: Recipe, items: pa.Table, cache: Path, device: torch.device, host: Host) -> None:
+    def __init__(self, config: Recipe, items: pa.Table, cache: str | Path, device: torch.device, host: Host) -> None:
         self.config, self.items, self.device, self.host = config, items, device, host
         self.precision = pick_precision(config.precision, device)
-        self.store = FeatureStore(cache, items["shard"], items["first_frame"], items["frames"])
+        shards = ShardCache(str(cache), config.data.cache_gib)
+        self.store = FeatureStore(shards, items["shard"], items["first_frame"], items["frames"])
         held_out = np.asarray(items["validation"])
         classes, labels = numbered(items["label"].to_pylist())
         captions, caption_of = numbered(items["caption"].to_pylist())
@@ -123,7 +126,9 @@ class TrainLoop:
             encoder.text_tower.encode(captions) if config.objective.clap and encoder.has_text and captions else None
         )
         self.objective = Objective(encoder, config.objective, len(classes), vectors).to(device)
-        self.sampler = Sampler(np.flatnonzero(~held_out), config.batch_size, config.seed)
+        self.sampler = Sampler(
+            np.flatnonzero(~held_out), config.batch_size, config.seed, self.store.shard, config.data.shuffle_shards
+        )
         self.total_steps = config.epochs * self.sampler.steps_per_epoch
         frames = config.augment.source_frames(self.window)
         crops = config.augment.crop_frames(self.window, config.objective.views)

@@ -23,6 +23,10 @@ class DataConfig(StrictConfig):
     """Which clips are trained on and what is known of them. Column names are those of the corpus listing."""
 
     cache: str | None = Field(None, description="where decoded features are kept; null = STORAGE/features")
+    cache_gib: float = Field(64.0, gt=0, description="disk of each node for features that lie on s3://, in GiB")
+    shuffle_shards: int = Field(
+        64, ge=1, description="feature shards that clips are shuffled among; a smaller corpus is shuffled as a whole"
+    )
     clip_s: float = Field(10.0, gt=0, description="longer files are cut into clips of this many seconds")
     label: str | None = Field("label", description="column with the class; null = ignore labels")
     caption: str | None = Field("caption", description="column with a sentence about the clip, for objective.clap")

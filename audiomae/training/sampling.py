@@ -41,7 +41,9 @@ class Sampler:
         count = 0 if self.shards is None else len(np.unique(self.shards[self.clips]))
         self.windowed = count > shuffle_shards and len(self.clips) >= batch_size
         if self.windowed:
-            self.lanes = next(lanes for lanes in (LANES, 4, 2, 1) if batch_size % lanes == 0 and shuffle_shards >= lanes)
+            self.lanes = next(
+                lanes for lanes in (LANES, 4, 2, 1) if batch_size % lanes == 0 and shuffle_shards >= lanes
+            )
             self.block = max(batch_size // self.lanes, shuffle_shards * len(self.clips) // (count * self.lanes))
         self._epoch, self._order = -1, self.clips[None]
 

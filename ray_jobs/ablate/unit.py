@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from audiomae.artifacts.features import localise
 from audiomae.config import build_config
 from audiomae.corpus.decode import decode
 from audiomae.corpus.manifest import open_source
@@ -115,7 +114,7 @@ def _train(config: Recipe, listing: pa.Table, cached: tuple[str, pa.Table], host
     config = config.model_copy(update={"checkpoint": NOTHING_TO_RESUME})
     items = build_items(clips, listing, config.data, config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loop = TrainLoop(config, items, localise(cache), device, host)
+    loop = TrainLoop(config, items, cache, device, host)
     stopped = loop.run()
     if stopped is not None:
         raise RuntimeError(

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -10,14 +12,18 @@ from audiomae.cli import Progress
 from audiomae.corpus.manifest import list_corpus
 from audiomae.errors import UserError
 from audiomae.model.features import FeatureConfig
-from audiomae.storage import to_path, write_json
+from audiomae.storage import is_local, to_path, write_json
 from audiomae.training.extract import Extractor, cache_recipe
 from audiomae.training.items import matches
 from audiomae.training.recipe import DataConfig
+from ray_jobs._cluster import Request, hint, notice_of_waiting
 from ray_jobs._ray import quiet_data_context
 
-FILES_PER_SHARD, MOST_SHARDS = 32, 4096
+# about 128 MB where a clip lasts 10 s; a small corpus gets small shards, so that all CPUs have some
+LEAST_CLIPS, MOST_CLIPS, SHARDS_OF_A_SMALL_CORPUS = 32, 512, 64
+BYTES_PER_S = 16_000  # of audio files, compressed; plain PCM gives smaller shards
 MAX_REASONS = 5
+MOST_ANNOUNCED = 256  # CPUs that an autoscaler is told of at once; Ray Data asks for more as it goes
 
 
 def list_files(source: str, config: DataConfig) -> tuple[str, pa.Table]:
@@ -47,31 +53,41 @@ def build_cache(
     """
     recipe = cache_recipe(features, clip_s)
     path = to_path(where) / cache_key(listing, recipe)
-    uris = listing["uri"].to_pylist()
-    size = max(FILES_PER_SHARD, -(-len(uris) // MOST_SHARDS))
-    shards = [uris[start : start + size] for start in range(0, len(uris), size)]
-    todo = pending_shards(str(path), len(shards))
+    starts = shard_starts(listing["size"].to_numpy(zero_copy_only=False), clip_s)
+    ends = [*starts[1:], len(listing)]
+    todo = pending_shards(str(path), len(starts))
     if todo:
-        write_json(path / "recipe.json", recipe | {"corpus": root, "files": len(uris)})
-        with Progress("decoding", len(uris), "files") as progress:
-            progress.done = sum(len(uris) for index, uris in enumerate(shards) if index not in set(todo))
-            for count in _extract(str(path), [(index, shards[index]) for index in todo], root, features, clip_s):
+        write_json(path / "recipe.json", recipe | {"corpus": root, "files": len(listing)})
+        with Progress("decoding", len(listing), "files") as progress:
+            progress.done = len(listing) - sum(ends[index] - starts[index] for index in todo)
+            shards = (
+                {"index": index, "uris": listing["uri"].slice(starts[index], ends[index] - starts[index]).to_pylist()}
+                for index in todo
+            )
+            for count in _extract(str(path), list(shards), root, features, clip_s):
                 progress.update(count)
-    verify_features(path, set(range(len(shards))) - set(todo))
-    clips = read_clips(str(path), len(shards))
+    if is_local(path):  # those on S3 are checked by the nodes that fetch them
+        verify_features(path, set(range(len(starts))) - set(todo))
+    clips = read_clips(str(path), len(starts))
     failed = clips.filter(pc.is_valid(clips["error"]))
     for row in failed.slice(0, MAX_REASONS).to_pylist():
         print(f"not decoded: {row['uri']}: {row['error']}")
     if len(failed) > MAX_REASONS:
         print(f"not decoded: {len(failed) - MAX_REASONS} more, see the `error` column in {path}")
     if len(failed) == len(clips):
-        raise UserError(f"not one of {len(uris)} files in {root} could be decoded; see the reasons above")
+        raise UserError(f"not one of {len(listing)} files in {root} could be decoded; see the reasons above")
     return str(path), clips
 
 
-def _extract(
-    cache: str, shards: list[tuple[int, list[str]]], root: str, features: FeatureConfig, clip_s: float
-) -> Iterator[int]:
+def shard_starts(sizes: npt.NDArray[np.int64], clip_s: float) -> list[int]:
+    """First file of each shard: files of about as many clips each, by their sizes in bytes (negative: unknown)."""
+    clips = np.maximum(1, sizes / (clip_s * BYTES_PER_S))
+    target = np.clip(clips.sum() / SHARDS_OF_A_SMALL_CORPUS, LEAST_CLIPS, MOST_CLIPS)
+    shard = ((np.cumsum(clips) - clips) // target).astype(np.int64)
+    return np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
+
+
+def _extract(cache: str, rows: list[dict], root: str, features: FeatureConfig, clip_s: float) -> Iterator[int]:
     """Run the pending shards as Ray Data tasks; yields the number of files of each finished shard."""
     import ray
 
@@ -83,7 +99,8 @@ def _extract(
         write_shard(cache, int(row["index"]), list(row["uris"]), extractor)
         return {"files": len(row["uris"])}
 
-    rows = [{"index": index, "uris": uris} for index, uris in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(extract)
-    for row in dataset.iter_rows():
-        yield int(row["files"])
+    one = Request({"CPU": 1})
+    with notice_of_waiting(one, len(rows)), hint(one, min(len(rows), MOST_ANNOUNCED)):
+        for row in dataset.iter_rows():
+            yield int(row["files"])

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from audiomae.artifacts.features import FeatureStore, localise
+from audiomae.artifacts.features import FeatureStore
+from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.cli import Progress
 from audiomae.config import build_config, dump_config, flat
 from audiomae.errors import ConfigError, IntegrityError, UserError
@@ -144,7 +145,7 @@ def _copies(cache: str, items: pa.Table) -> int:
     """Held-out clips that are copies of trained ones, looked for where that takes a second."""
     if len(items) > MOST_COMPARED or not is_local(to_path(cache)):
         return 0
-    store = FeatureStore(localise(cache), items["shard"], items["first_frame"], items["frames"])
+    store = FeatureStore(ShardCache(cache), items["shard"], items["first_frame"], items["frames"])
     return repeated(store, np.asarray(items["validation"]))
 
 
@@ -179,7 +180,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any] | None:
     run = to_path(settings["run"])
     config = build_config(Recipe, settings["config"])
     items = pq.read_table(io.BytesIO(read_bytes(run / "items.parquet")))
-    loop = TrainLoop(config, items, localise(settings["cache"]), worker_device(), _RayHost(run))
+    loop = TrainLoop(config, items, settings["cache"], worker_device(), _RayHost(run))
     stopped = loop.run()
     return vars(stopped) if stopped else None
 

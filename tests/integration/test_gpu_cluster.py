@@ -15,6 +15,7 @@ from audiomae.artifacts.releases import resolve
 from audiomae.errors import UserError
 from ray_jobs import build_index, embed_corpus, train
 
+pytestmark = pytest.mark.timeout(900)  # of a busy machine: three nodes start
 MEMORY = 128 * 1024**2
 FILES = len(CLASSES) * CLIPS_PER_CLASS
 DEBUG = str(ROOT / "ray_jobs" / "recipes" / "debug.yaml")

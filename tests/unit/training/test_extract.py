@@ -9,6 +9,7 @@ import torch
 
 from audiomae.artifacts import features
 from audiomae.artifacts.features import FeatureStore
+from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.model.features import FeatureConfig, LogMel
 from audiomae.training.augment import AugmentConfig
@@ -62,7 +63,9 @@ def test_validation_embeds_what_the_encoder_embeds(corpus, tmp_path):
     uris = ["0.wav", "1.wav", "2.wav"]
     features.write_shard(str(tmp_path / "cache"), 0, uris, Extractor(str(corpus), encoder.config.features, 10.0))
     clips = features.read_clips(str(tmp_path / "cache"), 1)
-    store = FeatureStore(tmp_path / "cache", clips["shard"], clips["first_frame"], clips["frames"])
+    store = FeatureStore(
+        ShardCache(str(tmp_path / "cache"), 1.0), clips["shard"], clips["first_frame"], clips["frames"]
+    )
     labels = np.array([0, 0, 1])
     held_out = np.array([True, False, True])
     validator = Validator(store, held_out, labels, ValidationConfig(), AugmentConfig(), window=200, seed=0)

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from audiomae.artifacts.features import FeatureStore, Segment, read_clips, write_shard
+from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.training.split import cautions, held_out, repeated, source_of
 
 
@@ -66,6 +67,6 @@ def test_copies_are_found_by_how_they_sound(tmp_path) -> None:
 
     write_shard(str(tmp_path), 0, list(sounds), extract)
     clips = read_clips(str(tmp_path), 1)
-    store = FeatureStore(tmp_path, clips["shard"], clips["first_frame"], clips["frames"])
+    store = FeatureStore(ShardCache(str(tmp_path)), clips["shard"], clips["first_frame"], clips["frames"])
     assert repeated(store, np.array([False, False, True])) == 1
     assert repeated(store, np.array([False, True, False])) == 0

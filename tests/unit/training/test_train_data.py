@@ -9,10 +9,12 @@ import pytest
 from audiomae import storage
 from audiomae.artifacts import features, receipts
 from audiomae.artifacts.features import FeatureStore, Segment
+from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.errors import ConfigError, IntegrityError
 from audiomae.training import items
-from audiomae.training.data import Loader, Sampler
+from audiomae.training.data import Loader
 from audiomae.training.recipe import DataConfig
+from audiomae.training.sampling import Sampler
 
 BANDS = 6
 
@@ -42,7 +44,7 @@ def test_clips_come_back_with_their_features_and_failures_as_rows(cache):
     good = clips.filter(pa.compute.is_null(clips["error"]))
     assert good["uri"].to_pylist() == ["a/long0", "a/long0", "b/7", "c/3"]
     assert good["frames"].to_pylist() == [30, 20, 8, 4] and good["shard"].to_pylist() == [0, 0, 0, 1]
-    store = FeatureStore(cache, good["shard"], good["first_frame"], good["frames"])
+    store = FeatureStore(ShardCache(str(cache), 1.0), good["shard"], good["first_frame"], good["frames"])
     for row, (uri, frames) in enumerate([("a/long0", 30), ("a/long0", 20), ("b/7", 8), ("c/3", 4)]):
         out = np.empty((frames, BANDS), np.float16)
         store.read(row, 0, frames, out)
@@ -65,8 +67,8 @@ def test_infinities_put_into_cached_features_are_refused_by_name(cache):
     array.reshape(-1)[:2000] = np.inf
     array.flush()
     with pytest.raises(IntegrityError, match=r"shard-00000\.npy: damaged: got sha256 .*: delete the shard's receipt"):
-        FeatureStore(cache, clips["shard"], clips["first_frame"], clips["frames"])
-    FeatureStore(cache, [1], [0], [1])  # what is not read need not be whole
+        ShardCache(str(cache)).get(0)
+    ShardCache(str(cache)).get(1)  # what is not read need not be whole
 
 
 def test_a_damaged_table_or_receipt_is_refused(cache):
@@ -87,18 +89,7 @@ def test_caches_of_older_versions_stay_readable(cache):
         storage.write_json(path, old)
     clips = features.read_clips(str(cache), 2)
     good = clips.filter(pa.compute.is_null(clips["error"]))
-    assert len(FeatureStore(cache, good["shard"], good["first_frame"], good["frames"])) == 4
-
-
-def test_a_copy_of_a_cache_on_s3_is_kept_and_fetched_again_when_damaged(cache, s3_bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(features.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
-    storage.copy_tree(cache, f"{s3_bucket}/features/abc")
-    copy = features.localise(f"{s3_bucket}/features/abc")
-    before = (copy / "shard-00000.npy").stat().st_ino
-    (copy / "shard-00001.npy").write_bytes(b"half")
-    assert features.localise(f"{s3_bucket}/features/abc") == copy
-    features.verify_features(copy, [0, 1])
-    assert (copy / "shard-00000.npy").stat().st_ino == before
+    assert len(FeatureStore(ShardCache(str(cache)), good["shard"], good["first_frame"], good["frames"])) == 4
 
 
 def test_a_second_writer_of_other_bytes_is_told(cache):
@@ -126,7 +117,7 @@ def test_the_cache_is_named_by_content_and_recipe():
 def test_a_short_clip_is_repeated(cache):
     clips = features.read_clips(str(cache), 2)
     good = clips.filter(pa.compute.is_null(clips["error"]))
-    store = FeatureStore(cache, good["shard"], good["first_frame"], good["frames"])
+    store = FeatureStore(ShardCache(str(cache), 1.0), good["shard"], good["first_frame"], good["frames"])
     out = np.empty((10, BANDS), np.float16)
     store.read(3, 0, 10, out)
     expected = clip_features("c/3", 4).astype(np.float16)
@@ -157,7 +148,7 @@ def test_fewer_clips_than_a_batch_are_repeated():
 def loader(cache) -> Loader:
     clips = features.read_clips(str(cache), 2)
     good = clips.filter(pa.compute.is_null(clips["error"]))
-    store = FeatureStore(cache, good["shard"], good["first_frame"], good["frames"])
+    store = FeatureStore(ShardCache(str(cache), 1.0), good["shard"], good["first_frame"], good["frames"])
     return Loader(store, Sampler(np.arange(4), 2, seed=0), frames=10, crops=[10, 10], rank=0, world_size=1)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from audiomae.artifacts import features
 from audiomae.artifacts.features import Segment
+from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.config import build_config
 from audiomae.errors import ConfigError
 from audiomae.model.encoder import AudioEncoder
@@ -339,7 +340,7 @@ def test_clap_training_gives_an_encoder_that_finds_sounds_by_text(corpus, tmp_pa
     loop(corpus, Host(tmp_path), config).run()
     loaded = AudioEncoder.load(sorted(tmp_path.glob("checkpoint_*"))[-1] / "encoder", device="cpu")
     folder, clips, _ = corpus
-    store = features.FeatureStore(folder, clips["shard"], clips["first_frame"], clips["frames"])
+    store = features.FeatureStore(ShardCache(str(folder), 1.0), clips["shard"], clips["first_frame"], clips["frames"])
     found = 0
     asked = torch.from_numpy(loaded.embed_text([f"band number c{label}" for label in range(CLASSES)]))
     for row in range(CLIPS):

@@ -115,6 +115,14 @@ def another_cluster() -> Iterator[None]:
             start_ray()
 
 
+@pytest.fixture(scope="module")
+def cpu_with_bfloat16() -> Iterator[None]:
+    """The precision rule believes that this machine computes bfloat16 in hardware, whatever it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("audiomae.model.devices.native_bfloat16", lambda device: True)
+        yield
+
+
 @pytest.fixture(scope="session")
 def esc10() -> Path:
     """The 400 labelled real clips, where the checkout has them."""

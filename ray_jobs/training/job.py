@@ -159,7 +159,7 @@ def _fit(run: Any, config: TrainConfig, cache: str) -> Any:
         _worker,  # type: ignore[arg-type]  # Ray 2.60 passes its return value on, its annotation says None
         train_loop_config={"config": config.training.model_dump(mode="json"), "run": str(run), "cache": cache},
         scaling_config=scaling(config.workers, request),
-        torch_config=collectives(request),
+        torch_config=collectives(),
         run_config=RunConfig(
             name=config.name,
             storage_path=storage_path,

@@ -56,11 +56,11 @@ def scaling(workers: WorkersConfig, request: Request) -> "ScalingConfig":
     )
 
 
-def collectives(request: Request) -> "TorchConfig":
-    """NCCL for tensors on a GPU, gloo for those on the CPU: a worker whose torch sees no GPU computes there."""
-    from ray.train.torch import TorchConfig
+def collectives() -> "TorchConfig":
+    """NCCL where all workers compute on GPUs, gloo where one's torch sees none, whatever Ray reserved for them."""
+    from ray_jobs.training.collectives import CollectivesByDevice
 
-    return TorchConfig(backend="cpu:gloo,cuda:nccl" if "GPU" in request.resources else "gloo")
+    return CollectivesByDevice()
 
 
 def worker_device() -> "torch.device":

@@ -62,7 +62,6 @@ def test_only_shards_with_a_receipt_count(cache):
 
 
 def test_infinities_put_into_cached_features_are_refused_by_name(cache):
-    clips = features.read_clips(str(cache), 2)
     array = np.load(cache / "shard-00000.npy", mmap_mode="r+")
     array.reshape(-1)[:2000] = np.inf
     array.flush()

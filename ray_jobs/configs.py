@@ -110,6 +110,9 @@ class EmbedOptions(PlacementConfig, ReadAs):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the encoder's arithmetic; auto: bfloat16 on a GPU that has it, float32 on every CPU"
     )
+    allow_precision_change: bool = Field(
+        False, description="let --dtype differ from what is in --out already; each receipt records its own"
+    )
     vector_dtype: Literal["float32", "float16"] = Field("float32", description="of the stored embeddings")
     shard_minutes: float | None = Field(
         None, gt=0, description="minutes of audio per shard, about; default: 5 to 30 by corpus size"

@@ -13,6 +13,7 @@ from audiomae.artifacts.embeddings import (
     collect_garbage,
     committed_shards,
     read_receipts,
+    settled_precision,
     write_run,
 )
 from audiomae.artifacts.tables import FAILED, EmbedSettings, map_ahead
@@ -53,6 +54,7 @@ def run(config: EmbedConfig) -> EmbedResult:
         encoder = repooled(encoder, config)
         config = config.model_copy(update={"encoder": absolute(str(to_path(config.out) / "encoder"))})
     plan = load_plan(config.out)
+    refuse_other_precision(config)
     if plan is not None and is_to_be_resumed(config, plan):
         settings, windowing = embed_settings(config, encoder, plan, [])
         print(describe(settings, windowing))
@@ -221,6 +223,17 @@ def refuse_other_settings(out: str, old: EmbedSettings, new: EmbedSettings) -> N
         raise UserError(f"{out} holds embeddings made otherwise: {'; '.join(differs)}; choose another --out")
 
 
+def refuse_other_precision(config: EmbedConfig) -> None:
+    """Vectors of two precisions share a folder only when that was asked for; every receipt says which it has."""
+    settled = settled_precision(config.out)
+    if settled is None or config.dtype in ("auto", settled) or config.allow_precision_change:
+        return
+    raise UserError(
+        f"{config.out} holds embeddings computed in {settled}, --dtype asks for {config.dtype}: leave --dtype out to "
+        "go on in the same precision, choose another --out, or allow both with --allow-precision-change"
+    )
+
+
 def failed_uris(out: str) -> list[str]:
     """The files in failures/ of what is committed that gave no embedding."""
     failures = EmbeddingSet.open(out).failures()
@@ -273,7 +286,7 @@ def finish(config: EmbedConfig, plan: Plan, summary: dict[str, Any]) -> EmbedRes
     failed, complete = counts["failed"], embeddings.complete
     if complete:
         collect_garbage(config.out)
-    totals = counts | {"inputs": plan.num_items, "last_run": summary}
+    totals = counts | {"inputs": plan.num_items, "precision": embeddings.precision, "last_run": summary}
     write_run(config.out, run_record(config, plan, "complete" if complete else "incomplete") | totals)
     print(final_line(summary, failed))
     print(accounting(counts, plan.num_items))

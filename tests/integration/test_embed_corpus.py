@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from audiomae.artifacts.embeddings import EmbeddingSet, column_to_vectors
@@ -19,8 +20,9 @@ from audiomae.storage import read_json
 from ray_jobs.embed_corpus import main
 
 Run = Callable[..., int]
-BAD = 5  # empty, truncated twice, text, NaN; the silent file embeds
-GOOD = 31  # and the silent one
+BAD = 3  # empty, text, silent
+DAMAGED = 3  # truncated twice, NaN: the rest of them is embedded
+GOOD = 30 + DAMAGED
 
 
 def debug_encoder(directory: Path, seed: int = 0) -> Path:
@@ -55,6 +57,12 @@ def embedded(run: Run, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+def failed(embeddings: EmbeddingSet) -> pa.Table:
+    """The failure rows of inputs that gave no embedding."""
+    failures = embeddings.failures()
+    return failures.filter(pc.equal(failures["kind"], "failed"))
+
+
 def by_id(out: Path) -> pa.Table:
     return EmbeddingSet.open(out).read().sort_by("id")
 
@@ -67,14 +75,18 @@ def assert_equal_embeddings(one: pa.Table, other: pa.Table) -> None:
 
 def test_every_file_is_embedded_or_failed_with_a_reason(embedded: Path, corpus: Path) -> None:
     embeddings = EmbeddingSet.open(embedded)
-    table, failures = embeddings.read(), embeddings.failures()
+    table, failures = embeddings.read(), failed(embeddings)
     assert len(embeddings.shards) > 3 and embeddings.complete
+    assert embeddings.precision == embeddings.run["precision"] == "float32"
     listed = {
         str(path.relative_to(corpus)) for path in corpus.rglob("*") if path.is_file() and path.name != "listing.csv"
     }
     assert set(table["uri"].to_pylist()) | set(failures["uri"].to_pylist()) == listed
     assert not set(table["uri"].to_pylist()) & set(failures["uri"].to_pylist())
     assert (len(set(table["uri"].to_pylist())), failures.num_rows) == (GOOD, BAD)
+    damaged = embeddings.failures().filter(pc.equal(embeddings.failures()["kind"], "damaged"))
+    assert set(damaged["uri"].to_pylist()) == {"bad_nan.wav", "bad_truncated.flac", "bad_truncated.wav"}
+    assert embeddings.silent()["uri"].to_pylist() == ["silence.wav"]
     assert all(failures["stage"].to_pylist()) and all(failures["error_class"].to_pylist())
     assert len(set(table["id"].to_pylist())) == table.num_rows
     assert table.schema.names == ["id", "uri", "start_s", "end_s", "embedding", "label"]
@@ -111,6 +123,9 @@ def test_relaunching_does_nothing_but_say_so(
 def test_another_window_encoder_or_corpus_is_refused(run: Run, corpus: Path, embedded: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"window_s is 3\.0, it was 2\.0.*another --out"):
         run(corpus, embedded, "--window-s", "3")
+    with pytest.raises(UserError, match=r"computed in float32, --dtype asks for bfloat16: .*--allow-precision-change"):
+        run(corpus, embedded, "--window-s", "2", "--dtype", "bfloat16")
+    assert run(corpus, embedded, "--window-s", "2", "--dtype", "bfloat16", "--allow-precision-change") == 0
     other = debug_encoder(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="fingerprint is"):
         run(corpus, embedded, "--window-s", "2", "--encoder", str(other))
@@ -157,7 +172,7 @@ def test_updates_and_retries(run: Run, corpus: Path, tmp_path: Path) -> None:
 
     assert run(source, out, "--per-file", "--retry-failed") == 0
     assert read_json(out / "run.json")["last_run"]["inputs"] == BAD - 1
-    assert by_id(out).equals(second) and EmbeddingSet.open(out).failures().num_rows == BAD - 1
+    assert by_id(out).equals(second) and failed(EmbeddingSet.open(out)).num_rows == BAD - 1
 
 
 def test_long_files_are_segmented_without_a_trace(
@@ -180,12 +195,12 @@ def test_long_files_are_segmented_without_a_trace(
 def test_too_many_failures_fail_the_job(run: Run, tmp_path: Path, corpus: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for path in (corpus / "bad_text.wav", corpus / "bad_empty.wav", corpus / "silence.wav"):
-        shutil.copy(path, source)
+    for path in (corpus / "bad_text.wav", corpus / "bad_empty.wav", next(corpus.glob("bell/*"))):
+        shutil.copy(path, source / f"{path.parent.name}_{path.name}")
     with pytest.raises(UserError, match=r"66\.7% of the files failed"):
         run(source, tmp_path / "out")
     assert run(source, tmp_path / "out", "--max-failure-rate", "0.7") == 0
-    (source / "silence.wav").unlink()
+    next(source.glob("bell_*")).unlink()
     with pytest.raises(UserError, match="no file of the corpus could be decoded"):
         run(source, tmp_path / "out", "--update", "--max-failure-rate", "1")
 

@@ -171,6 +171,12 @@ class BuildConfig(BuildOptions):
     delete_ids: str | None = Field(
         None, description="text file of clip ids to delete for good, one a line", json_schema_extra=shown_as("FILE")
     )
+    undelete: str | None = Field(
+        None, description="text file of deleted clip ids to find again, one a line", json_schema_extra=shown_as("FILE")
+    )
+    remove: Folders = Field(
+        (), description="indexed embeddings whose clips are forgotten; repeatable", json_schema_extra=shown_as("DIR")
+    )
 
 
 class EvaluateOptions(ProtocolConfig):

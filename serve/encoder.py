@@ -183,5 +183,5 @@ def text_reason(encoder: AudioEncoder) -> str | None:
 
 def checked_encoder_dir(release: releases.Release) -> Path:
     """The release's encoder on a local disk, its checksums checked; the index files are left where they are."""
-    releases.verify(release, below="encoder/")
+    releases.verify(release, lambda name: name.startswith("encoder/"))
     return storage.fetch_dir(str(release.path / "encoder"))

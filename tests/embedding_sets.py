@@ -14,7 +14,8 @@ from audiomae.artifacts.releases import Release
 from audiomae.artifacts.tables import EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
 from audiomae.search import build
-from audiomae.search.build_plan import BuildOptions, make_plan
+from audiomae.search.build_plan import Request, make_plan
+from audiomae.search.spec import BuildOptions
 
 if TYPE_CHECKING:
     from audiomae.model.encoder import AudioEncoder
@@ -40,6 +41,7 @@ def make_set(
     shards: int = 3,
     generation: int = 0,
     kept: Sequence[str] = (),
+    ids: Sequence[int] | None = None,
 ) -> EmbeddingSet:
     """An embedding set with these vectors (row i is the whole file `names[i]`), as embed_corpus.py leaves it.
 
@@ -51,7 +53,7 @@ def make_set(
     )
     table = pa.table(
         {
-            "id": pa.array([clip_id(uri, 0.0, 0.0) for uri in uris], pa.int64()),
+            "id": pa.array(ids or [clip_id(uri, 0.0, 0.0) for uri in uris], pa.int64()),
             "uri": uris,
             "start_s": np.zeros(len(uris)),
             "end_s": np.full(len(uris), 5.0),
@@ -90,35 +92,24 @@ def tiny_encoder(directory: Path, seed: int = 0) -> "AudioEncoder":
 
 
 def make_release(
-    index_dir: Path, sets: Sequence[EmbeddingSet], delete: Sequence[int] = (), **settings: Any
+    index_dir: Path | str,
+    sets: Sequence[EmbeddingSet],
+    delete: Sequence[int] = (),
+    undelete: Sequence[int] = (),
+    remove: Sequence[str] = (),
+    **settings: Any,
 ) -> Release | None:
-    """What build_index.py does, in this process and without an encoder or a look at recall."""
-    config = BuildOptions(**settings)
+    """What build_index.py does, in this process and without an encoder or a bound on recall."""
+    config = BuildOptions(**{"recall": 0, "queries": 20, "filter_queries": 0} | settings)
     base = release.resolve_or_none(index_dir)
-    work = make_plan(sets, base, np.array(delete, dtype=np.int64), config)
+    request = Request(np.array(delete, np.int64), np.array(undelete, np.int64), tuple(remove))
+    work = make_plan(sets, base, request, config)
     if work is None:
         return None
-    parts_dir = str(index_dir / "parts")
-    for part in work.parts:
-        build.write_rows(part, parts_dir)
-    trained = None
-    if work.spec.kind == "ivf":
-        base_trained = str(work.base.path / "trained.faiss") if work.base else ""
-        trained = base_trained or build.train(work.spec, work.parts, parts_dir, config.seed)
-        for part in work.parts:
-            build.index_part(part, parts_dir, trained)
-    with release.staging(index_dir) as staging:
-        dim = int(base.info["dim"]) if base else sets[0].dim
-        build.assemble(work, parts_dir, trained, dim, staging)
-        fingerprint = base.fingerprint if base else sets[0].fingerprint
-        storage.write_json(staging / "encoder" / "config.json", {"fingerprint": fingerprint})
-        spec = work.spec if work.spec.nprobe > 1 else work.spec.model_copy(update={"nprobe": 8})
-        facts = {
-            "fingerprint": fingerprint,
-            "dim": dim,
-            "rows": 0,
-            "corpora": work.corpora,
-            "spec": spec.model_dump(),
-            "recall": {"value": 1.0},
-        }
-        return release.publish(index_dir, staging, facts, base)
+    fingerprint = base.fingerprint if base else sets[0].fingerprint
+    facts = {"fingerprint": fingerprint, "dim": int(base.info["dim"]) if base else sets[0].dim}
+
+    def save_encoder(target: Path) -> None:
+        storage.write_json(target / "config.json", {"fingerprint": fingerprint})
+
+    return build.run_build(work, str(index_dir), config, build.run_here, save_encoder, facts)

@@ -1,14 +1,20 @@
-"""A published index version: one directory that is enough to serve, checksummed, immutable, found by a pointer.
+"""A published index version: a manifest over immutable pieces, checksummed, found by a pointer.
 
     INDEX/
-      LATEST                 the name of the version in force, for people and scripts; a hint, never the truth
-      history/000003.json    one file per publish or rollback, created exclusively; the highest number is the truth
-      v000002/               release.json, index files, ids, items table, encoder/
+      LATEST                  the name of the version in force, for people and scripts; a hint, never the truth
+      history/000003.json     one file per publish or rollback, created exclusively; the highest number is the truth
+      v000002/                release.json (the manifest), deleted.npy, blocked_ids.npy, encoder/
+      segments/000000-ab12/   rows with all that belongs to them, shared by the versions that name them
+      quantisers/000000-ef34/ what their inverted lists have in common
 
 A version directory is written under a claimed number, its receipt `release.json` last, and counts only once a history
-entry names it. Two builds that started from the same version race for the same history number and exactly one wins,
-locally (hard link) and on S3 (conditional put) alike; the loser learns that its base is outdated and publishes nothing.
-Nothing is ever changed in place, so a process that maps an old version keeps it.
+entry names it. `release.json` has the SHA-256 of every file of the version and of the receipt of every piece, which
+has those of the piece's files. Two builds that started from the same version race for the same history number and
+exactly one wins, locally (hard link) and on S3 (conditional put) alike; the loser learns that its base is outdated and
+publishes nothing. Nothing is ever changed in place, so a process that maps an old version keeps it.
+
+The number before a piece's name, and in whatever else a build leaves on its way, is that of the history entry it was
+started from: once a later one is there, the build can publish nothing any more and what it left is garbage.
 """
 
 import getpass
@@ -22,7 +28,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +37,21 @@ from upath import UPath
 from audiomae import storage
 from audiomae.artifacts import receipts
 from audiomae.artifacts.receipts import FileEntry, Numbered, Receipt
+from audiomae.artifacts.release_files import FIX, RELEASE_FILE, pieces
+from audiomae.artifacts.release_files import Release as Release
+from audiomae.artifacts.release_files import fetch as fetch
+from audiomae.artifacts.release_files import verify as verify
 from audiomae.config import nearest
 from audiomae.errors import IntegrityError, ReleaseConflictError, UserError
 from audiomae.storage import Location
 
 FORMAT = 2
-RELEASE_FILE = "release.json"
 CLAIM = "CLAIM"
 STAGING_PREFIX = ".staging-"
-STALE_CLAIM_S = 24 * 3600.0
-FIX = "roll back with `python -m audiomae.artifacts rollback INDEX`, or build the index again"
+REMOVING_PREFIX = ".removing-"
+PIECE_FOLDERS = ("segments", "quantisers", "parts")
 UNSEALED_ENTRY = frozenset({"version", "release_sha256", "action", "time", "by"})  # of older versions
 _VERSION = re.compile(r"v(\d{6})")
-
-
-@dataclass(frozen=True)
-class Release:
-    """One published version.
-
-    Attributes:
-        path: its directory, local or on S3.
-        info: the facts of release.json.
-        files: what release.json says of every other file, by name.
-        sequence: the history number that put it in force; 0 for a directory opened by itself.
-        checksum: SHA-256 of release.json as history recorded it; empty for a directory opened by itself.
-    """
-
-    path: UPath
-    info: Mapping[str, Any]
-    files: Mapping[str, FileEntry]
-    sequence: int = 0
-    checksum: str = ""
-
-    @property
-    def version(self) -> str:
-        """The name of the version, such as `v000003`."""
-        return str(self.info["version"])
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the encoder whose vectors are indexed."""
-        return str(self.info["fingerprint"])
 
 
 def publish(index_dir: Location, staging: Path, info: Mapping[str, Any], parent: Release | None = None) -> Release:
@@ -88,7 +68,7 @@ def publish(index_dir: Location, staging: Path, info: Mapping[str, Any], parent:
     """
     root = storage.to_path(index_dir)
     files = receipts.describe(staging, [name for name, _ in storage.walk_files(staging)]).files
-    target = _claim(root)
+    target = _claim(root, parent)
     for name in files:
         _move(staging / name, target / name)
     facts = dict(info) | {
@@ -109,13 +89,14 @@ def publish(index_dir: Location, staging: Path, info: Mapping[str, Any], parent:
 
 
 @contextmanager
-def staging(index_dir: Location) -> Iterator[Path]:
+def staging(index_dir: Location, parent: Release | None = None) -> Iterator[Path]:
     """A local directory to prepare a release in, beside a local INDEX so that publishing renames; removed after."""
     root = storage.to_path(index_dir)
     local = storage.is_local(root)
     if local:
         root.mkdir(parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=str(root) if local else None))
+    prefix = f"{STAGING_PREFIX}{sequence_of(parent):06d}-"
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=str(root) if local else None))
     try:
         yield path
     finally:
@@ -161,52 +142,31 @@ def resolve_or_none(index_dir: Location) -> Release | None:
     return resolve(root) if history(root).numbers() else None
 
 
-def verify(release: Release, below: str = "") -> None:
-    """Check the files of the release whose names begin with `below`, all by default, before anything parses them.
+def sequence_of(parent: Release | None) -> int:
+    """The history entry that a build on `parent` starts from."""
+    return parent.sequence if parent else 0
 
-    Raises:
-        IntegrityError: the first file that is missing or different, what was got and expected, and the way out.
+
+def create_piece(index_dir: Location, name: str, work: Path, facts: Mapping[str, Any]) -> None:
+    """Move the finished files below `work` to the piece `name`, its receipt last.
+
+    Builds that do the same work write the same bytes, so what another one put there meanwhile stays.
     """
-    if release.checksum:
-        receipts.verify_file(release.path, RELEASE_FILE, FileEntry(release.checksum), FIX)
-    names = [name for name in release.files if name.startswith(below)]
-    receipts.verify(release.path, Receipt(release.files), names, FIX)
+    target = storage.to_path(index_dir) / name
+    receipt = receipts.describe(work, [path for path, _ in storage.walk_files(work)], facts)
+    for path in receipt.files:
+        _move(work / path, target / path)
+    receipts.create(target / receipts.RECEIPT_FILE, receipt)
 
 
-def fetch(release: Release) -> Release:
-    """The same release on a local disk with every checksum verified: itself, or a copy kept in a cache.
-
-    The cache lies at `$AUDIOMAE_CACHE` (default `~/.cache/audiomae`), one directory per content of release.json, so
-    several processes and restarts of one machine fetch a version once. A copy found damaged is fetched again.
-
-    Raises:
-        IntegrityError: as `verify` does.
-    """
-    if storage.is_local(release.path):
-        verify(release)
-        return release
-    base = Path(os.environ.get("AUDIOMAE_CACHE", Path.home() / ".cache" / "audiomae")) / "releases"
-    key = release.checksum or storage.sha256_file(release.path / RELEASE_FILE)
-    target = base / key[:32]
-    copy = replace(release, path=storage.to_path(target), checksum=key)
-    if target.exists():
-        try:
-            verify(copy)
-            return copy
-        except IntegrityError:
-            shutil.rmtree(target, ignore_errors=True)
-    base.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=base))
+def read_piece(index_dir: Location, name: str) -> tuple[Receipt, str] | None:
+    """The receipt of a piece and its SHA-256; None when the piece is not finished."""
+    path = storage.to_path(index_dir) / name / receipts.RECEIPT_FILE
     try:
-        storage.copy_tree(release.path, temporary)
-        verify(replace(copy, path=storage.to_path(temporary)))
-        os.rename(temporary, target)
-    except OSError:
-        if not target.exists():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return copy
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        return None
+    return Receipt.decode(receipts.unseal(path, data, fix=FIX), path), storage.sha256_bytes(data)
 
 
 def rollback(index_dir: Location, version: str | None = None) -> Release:
@@ -226,25 +186,55 @@ def rollback(index_dir: Location, version: str | None = None) -> Release:
 
 
 def gc(index_dir: Location, keep: int = 2) -> list[str]:
-    """Remove all but the last `keep` versions that were in force, and what dead builds left over a day ago.
+    """Remove what nothing needs any more; returns the names removed.
 
-    Returns the names removed. The version in force is never removed.
+    That is: all but the last `keep` versions that were in force (never the one in force); segments and quantisers
+    that no kept version names; and what builds left that can no longer publish, because another version was put in
+    force since they started. What belongs to a build on the version in force is left alone: it may be running, or be
+    resumed.
     """
     root = storage.to_path(index_dir)
     entries = history(root)
-    published = [entries.read(number)["version"] for number in reversed(entries.numbers())]
+    numbers = entries.numbers()
+    published = [entries.read(number)["version"] for number in reversed(numbers)]
     kept = list(dict.fromkeys(published))[: max(keep, 1)]
+    current = numbers[-1] if numbers else 0
     removed = []
     for path in _versions(root):
         # a version that history does not name may be about to be published
-        if path.name not in kept and (path.name in published or _is_stale(path)):
-            _remove(path)
-            removed.append(path.name)
-    for path in root.glob(f"{STAGING_PREFIX}*"):
-        if time.time() - path.stat().st_mtime > STALE_CLAIM_S:
-            _remove(path)
-            removed.append(path.name)
-    return removed
+        if path.name not in kept and (path.name in published or _is_outdated_claim(path, current)):
+            removed.append(path)
+    needed = {name for version in kept for name in pieces(_named(root, version))}
+    for folder in PIECE_FOLDERS:
+        names = [f"{folder}/{name}" for name in storage.list_names(root / folder)]
+        removed += [root / name for name in names if name not in needed and _is_outdated(name, current)]
+    for name in storage.list_names(root):
+        if name.startswith(REMOVING_PREFIX) or (name.startswith(STAGING_PREFIX) and _is_outdated(name, current)):
+            removed.append(root / name)
+    for path in removed:
+        _remove(path)
+    return [path.path.removeprefix(root.path).strip("/") for path in removed]
+
+
+def _named(root: UPath, version: str) -> Release:
+    try:
+        receipt = _read_receipt(root / version)
+    except (FileNotFoundError, IntegrityError):
+        return Release(root / version, {}, {})
+    return Release(root / version, receipt.facts, receipt.files)
+
+
+def _is_outdated(name: str, current: int) -> bool:
+    """Whether a build that left this started from an earlier history entry than the last."""
+    found = re.search(r"(?:^|[/-])(\d{6,})-", name)
+    return found is None or int(found[1]) < current
+
+
+def _is_outdated_claim(path: UPath, current: int) -> bool:
+    try:
+        return int(storage.read_json(path / CLAIM)["base"]) < current
+    except (OSError, IntegrityError, KeyError, TypeError, ValueError):
+        return current > 0
 
 
 def _enter(root: UPath, version: str, checksum: str, action: str, parent: Release | None) -> int:
@@ -260,9 +250,9 @@ def _enter(root: UPath, version: str, checksum: str, action: str, parent: Releas
     return sequence
 
 
-def _claim(root: UPath) -> UPath:
+def _claim(root: UPath, parent: Release | None) -> UPath:
     number = max((int(path.name[1:]) for path in _versions(root)), default=0) + 1
-    claim = storage.encode_json({"by": _who(), "time": time.time(), "claim": uuid.uuid4().hex})
+    claim = storage.encode_json({"by": _who(), "base": sequence_of(parent), "claim": uuid.uuid4().hex})
     while not _claimed(root / f"v{number:06d}", claim):
         number += 1
     return root / f"v{number:06d}"
@@ -273,13 +263,6 @@ def _claimed(path: UPath, claim: bytes) -> bool:
         return receipts.create_exclusively(path / CLAIM, claim)
     except FileNotFoundError:  # whoever had it was just removing it
         return False
-
-
-def _is_stale(path: UPath) -> bool:
-    try:
-        return bool(time.time() - storage.read_json(path / CLAIM)["time"] > STALE_CLAIM_S)
-    except (OSError, IntegrityError, KeyError):
-        return True
 
 
 def history(index_dir: Location) -> Numbered:
@@ -328,14 +311,19 @@ def _move(source: Path, target: UPath) -> None:
 def _remove(path: UPath) -> None:
     """Remove a directory; its number stays claimed to the end, so that no other build moves in half-way."""
     if storage.is_local(path):
-        aside = path.parent / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
-        os.rename(path.path, aside.path)
-        shutil.rmtree(aside.path)
+        aside = path
+        if not path.name.startswith(REMOVING_PREFIX):
+            root = path.parent if path.parent.name not in PIECE_FOLDERS else path.parent.parent
+            aside = root / f"{REMOVING_PREFIX}{uuid.uuid4().hex}"
+            try:
+                os.rename(path.path, aside.path)
+            except FileNotFoundError:
+                return  # another build was faster
+        shutil.rmtree(aside.path, ignore_errors=True)
         return
-    for name in storage.list_sizes(path):
-        if name != CLAIM:
-            storage.remove(path / name)
-    storage.remove(path / CLAIM)
+    last = (CLAIM, RELEASE_FILE, receipts.RECEIPT_FILE)
+    for name in sorted(storage.list_sizes(path), key=lambda name: name in last):
+        storage.remove(path / name)
 
 
 def _who() -> str:

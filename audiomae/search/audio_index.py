@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 from audiomae.artifacts import releases
 from audiomae.errors import FilterError, IntegrityError
 from audiomae.search.hits import Hits, Members, best_per_group
-from audiomae.search.index import DELETED_FILE, IDS_FILE, Searcher, Selection
-from audiomae.search.items import Items
+from audiomae.search.indexed import DELETED_FILE, NONE, IndexedSegment, segment_folders
+from audiomae.search.items import ItemsTable
 from audiomae.search.layout import MAP_FILE
+from audiomae.search.searcher import Chosen, Searcher
+from audiomae.search.segments import IDS_FILE
 from audiomae.search.spec import IndexSpec
 from audiomae.storage import Location, read_json
 
@@ -32,14 +34,16 @@ class AudioIndex:
         self._directory = Path(str(release.path))
         info = release.info
         self.spec = IndexSpec(**info["spec"])
-        self._searcher = Searcher(self._directory, self.spec)
-        self._ids: np.ndarray = np.load(self._directory / IDS_FILE, mmap_mode="r")
-        self.table = Items(self._directory)
-        deleted = np.load(self._directory / DELETED_FILE)
-        self._live: np.ndarray | None = None
-        if len(deleted):
-            self._live = np.ones(self._searcher.num_rows, dtype=bool)
-            self._live[deleted] = False
+        found = segment_folders(release)
+        folders = [folder for _, folder, _ in found]
+        quantiser = info.get("quantiser")
+        trained = self._directory.parent / quantiser if quantiser else None
+        self._searcher = Searcher.open(folders, trained, self.spec)
+        self._segments = [IndexedSegment(name, folder, rows, NONE) for name, folder, rows in found]
+        self._ids = [np.load(folder / IDS_FILE, mmap_mode="r") for folder in folders]
+        self.table = ItemsTable(folders)
+        self._deleted: np.ndarray = np.load(self._directory / DELETED_FILE)
+        self._live = self._searcher.choose(self._live_mask(), filtered=False) if len(self._deleted) else None
         self._select = functools.lru_cache(maxsize=32)(self._selection)
         self._groups = functools.lru_cache(maxsize=4)(self._grouping)
 
@@ -88,7 +92,7 @@ class AudioIndex:
 
     def __len__(self) -> int:
         """How many vectors can be found."""
-        return len(self._ids) if self._live is None else int(np.count_nonzero(self._live))
+        return self._searcher.num_rows - len(self._deleted)
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Refuse queries of another encoder: their vectors have nothing to do with these."""
@@ -121,10 +125,10 @@ class AudioIndex:
             FilterError: a filter that does not fit the items table, or a column to group by that it does not have.
         """
         queries, k = self._check_queries(vectors, k), int(k)
-        selection = self._selection_for(filter)
+        chosen = self._chosen(filter)
         if group_by is None:
-            return self._hits(*self._searcher.search(queries, k, selection))
-        return self._grouped(queries, k, selection, self._groups(group_by))
+            return self._hits(*self._searcher.search(queries, k, chosen))
+        return self._grouped(queries, k, chosen, self._groups(group_by))
 
     def search_id(
         self, id: int, k: int = 10, filter: Mapping[str, Any] | None = None, group_by: str | None = None
@@ -137,12 +141,12 @@ class AudioIndex:
             KeyError: no clip has this id. FilterError: as in `search`.
         """
         row = self._row(id)
-        queries, k = self._check_queries(self._searcher.rows[row], k), int(k)
-        selection = self._selection_for(filter)
+        queries, k = self._check_queries(self._searcher.vectors(np.array([row])), k), int(k)
+        chosen = self._chosen(filter)
         if group_by is not None:
             groups = self._groups(group_by)
-            return self._grouped(queries, k, selection, groups, int(groups[row]))
-        scores, rows = self._searcher.search(queries, k + 1, selection)
+            return self._grouped(queries, k, chosen, groups, int(groups[row]))
+        scores, rows = self._searcher.search(queries, k + 1, chosen)
         others = np.argsort(rows[0] == row, kind="stable")[:k]
         return self._hits(scores[:, others], rows[:, others])
 
@@ -152,7 +156,8 @@ class AudioIndex:
 
     def vector(self, id: int) -> np.ndarray:
         """The stored vector of a clip, float32[D]. Raises KeyError when no clip has this id."""
-        return self._searcher.rows[self._row(id)].astype(np.float32)
+        vector: np.ndarray = self._searcher.vectors(np.array([self._row(id)]))[0]
+        return vector
 
     def map(self) -> pa.Table | None:
         """Where the sounds lie on the map (id int64, x and y uint16 of 65,535): one of each file, at most 100,000.
@@ -164,32 +169,41 @@ class AudioIndex:
 
     def live_rows(self) -> np.ndarray | None:
         """Which rows of the items table can be found, bool[N]; None when none is deleted."""
-        return self._live
+        return self._live_mask() if len(self._deleted) else None
 
     def corpus_root(self, item: Mapping[str, Any]) -> str:
         """The folder or bucket prefix that the item's `uri` is relative to."""
         return str(self.release.info["corpora"][item["corpus"]]["root"])
 
     def _row(self, id: int) -> int:
-        found = np.flatnonzero(self._ids == id)
-        if self._live is not None:
-            found = found[self._live[found]]
-        if not len(found):
-            raise KeyError(f"no clip with id {id} in index {self.version}")
-        return int(found[-1])
+        """The row that is found under an id; of several (one that replaced another) the last."""
+        if 0 <= id < 2**63:
+            starts = self._searcher.starts
+            for number in reversed(range(len(self._segments))):
+                for row in self._segments[number].rows_of(np.array([id]))[1] + starts[number]:
+                    place = np.searchsorted(self._deleted, row)
+                    if place == len(self._deleted) or self._deleted[place] != row:
+                        return int(row)
+        raise KeyError(f"no clip with id {id} in index {self.version}")
 
-    def _selection_for(self, where: Mapping[str, Any] | None) -> Selection | None:
+    def _live_mask(self) -> np.ndarray:
+        live = np.ones(self._searcher.num_rows, dtype=bool)
+        live[self._deleted] = False
+        return live
+
+    def _chosen(self, where: Mapping[str, Any] | None) -> list[Chosen] | None:
         if where is None or where == {}:
-            return None if self._live is None else self._select("{}")
+            return self._live
         try:
             text = json.dumps(where, sort_keys=True, default=lambda value: value.item())
         except (TypeError, ValueError, AttributeError, RecursionError):
             raise FilterError(f"a filter holds only text, numbers, booleans and null, got {where!r:.200}") from None
         return self._select(text)
 
-    def _selection(self, where: str) -> Selection:
+    def _selection(self, where: str) -> list[Chosen]:
         mask = self.table.mask(json.loads(where))
-        return Selection.of(mask if self._live is None else mask & self._live)
+        mask[self._deleted] = False
+        return self._searcher.choose(mask)
 
     def _grouping(self, column: str) -> np.ndarray:
         groups = self.table.groups(column)
@@ -199,17 +213,26 @@ class AudioIndex:
         codes = np.unique(np.asarray(roots, dtype=str), return_inverse=True)[1]
         if codes.max(initial=0) == 0:
             return groups
-        corpora = self.table.table.column("corpus").to_numpy()  # equal uris of two corpora are two files
-        return groups.astype(np.int64) * (codes.max() + 1) + codes[corpora]
+        corpora = np.concatenate([part.column("corpus").values for part in self.table.parts])
+        return groups.astype(np.int64) * (codes.max() + 1) + codes[corpora]  # equal uris of two corpora are two files
 
     def _grouped(
-        self, queries: np.ndarray, k: int, selection: Selection | None, groups: np.ndarray, without: int | None = None
+        self,
+        queries: np.ndarray,
+        k: int,
+        chosen: list[Chosen] | None,
+        groups: np.ndarray,
+        without: int | None = None,
     ) -> Hits:
         def find(queries: np.ndarray, count: int, excluded: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-            chosen = selection
+            rest = chosen
             if excluded is not None:
-                chosen = Selection.of(~excluded if selection is None else ~excluded & selection.mask(len(groups)))
-            return self._searcher.search(queries, count, chosen)
+                allowed = ~excluded
+                for part, start in zip(chosen or [], self._searcher.starts, strict=False):
+                    stop = start + part.segment.num_rows
+                    allowed[start:stop] &= part.selection.mask(part.segment.num_rows)
+                rest = self._searcher.choose(allowed)
+            return self._searcher.search(queries, count, rest)
 
         scores, rows, members = best_per_group(find, queries, k, groups, without)
         return self._hits(scores, rows, members)
@@ -228,6 +251,13 @@ class AudioIndex:
         return np.ascontiguousarray(queries / norms)
 
     def _hits(self, scores: np.ndarray, rows: np.ndarray, members: list[list[Members]] | None = None) -> Hits:
-        ids = self._ids[rows]
+        if len(self._ids) == 1:
+            ids = np.array(self._ids[0][rows])
+        else:
+            ids = np.empty(rows.shape, np.int64)
+            numbers = np.searchsorted(self._searcher.starts, rows, side="right") - 1
+            for number, known in enumerate(self._ids):
+                mine = numbers == number
+                ids[mine] = known[rows[mine] - self._searcher.starts[number]]
         ids[rows < 0] = -1
-        return Hits(np.asarray(ids), scores, rows, self.table, members)
+        return Hits(ids, scores, rows, self.table, members)

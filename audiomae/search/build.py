@@ -1,24 +1,26 @@
-"""Carrying out a build plan: parts of rows, a trained index, indexed parts, and the files of the new release.
+"""Carrying out a build plan: rows, a trained quantiser, lists, segments, recall; then a release over all of it.
 
-    make_plan(...)  (build_plan.py) compares the embedding sets with the release in force
-    write_rows(...) one part: rows of some shards -> vectors.npy, ids.npy, items.parquet       (many at once)
-    sample(...)     rows of the parts to train on
-    index_part(...) one part: its rows added to a copy of the trained index                    (many at once)
-    assemble(...)   parts, after the release they extend, -> the files of the new release
+Every step is a plain function of where things lie, writes a piece of its own (finished when its receipt is there) and
+can run on any node; `run_build` puts them in order and hands them to a runner, which is Ray's in
+`ray_jobs/build_index.py`. What a build makes lies under names that begin with the history entry it started from and
+end in a hash of what decides their content: an interrupted build finds what it had finished, and builds of different
+work never meet.
 
-Nothing here knows about Ray; `ray_jobs/build_index.py` runs the parts as tasks. A part lies below `INDEX/parts/<key>/`
-with a receipt written last; the key is a hash of all that decides its content, so a build that was interrupted finds
-what it had finished.
+    write_rows    rows of some shards -> a part: vectors, ids, items        (many at once)
+    train         a sample of all rows -> a quantiser
+    assign_rows   the list of every row of a part or an older segment       (many at once)
+    make_segment  parts and rows of older segments, as a stream -> a segment
+    measure       recall of held-out queries, search settings               (exact answers: many at once)
 """
 
-import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -26,129 +28,172 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from audiomae import storage
+from audiomae.artifacts import receipts, releases
 from audiomae.artifacts.embeddings import read_receipt, read_shard
-from audiomae.artifacts.releases import fetch, resolve
+from audiomae.artifacts.releases import Release
 from audiomae.artifacts.tables import column_to_vectors
-from audiomae.errors import IntegrityError, UserError
+from audiomae.errors import IntegrityError, ReleaseConflictError, UserError
 from audiomae.search import index as ann
-from audiomae.search.build_plan import Part, Plan, Slice
-from audiomae.search.items import Items, ItemsWriter
-from audiomae.search.spec import IndexSpec
+from audiomae.search import segments
+from audiomae.search import tuning as recall
+from audiomae.search.build_plan import OldRows, Part, Plan, SegmentPlan, Slice
+from audiomae.search.indexed import BLOCKED_FILE, DELETED_FILE
+from audiomae.search.items import ItemsTable, ItemsWriter
+from audiomae.search.layout import MAP_FILE, write_map
+from audiomae.search.segments import Source
+from audiomae.search.spec import BuildOptions, IndexSpec
 
-ROWS_FILE, RECEIPT_FILE, ITEMS_FILE, PART_INDEX_FILE = "vectors.npy", "receipt.json", "items.parquet", "index.faiss"
 HELD_OUT = 64  # one id in so many is never trained on: the queries that recall is measured with
-BLOCK_ROWS = 65_536
+ASSIGN_ROWS = 250_000
+SMALL_CHANGE = 0.05  # share of new rows up to which the settings in force are checked rather than tuned again
+QUICK_QUERIES = 100
 
 
-def write_rows(part: Part, parts_dir: str) -> dict[str, Any]:
-    """Write the rows of a part, unless that was done before; return its receipt."""
-    target = storage.to_path(parts_dir) / part.key
-    done = _receipt(target)
-    if done:
-        return done
-    tables, vectors, start = [], [], 0
-    for piece in part.slices:
-        keep = part.keep[start : start + piece.stop - piece.start]
-        start += piece.stop - piece.start
-        table, rows = _read_slice(piece, keep)
-        tables.append(table)
-        vectors.append(rows)
-    table = pa.concat_tables(tables, promote_options="permissive")
-    with _working_dir(target) as work:
-        np.save(work / ROWS_FILE, np.concatenate(vectors))
-        np.save(work / ann.IDS_FILE, table.column("id").to_numpy())
-        pq.write_table(table, work / ITEMS_FILE, compression="zstd")
-    return _write_receipt(target, [ROWS_FILE, ann.IDS_FILE, ITEMS_FILE], {"rows": table.num_rows})
+class Runner(Protocol):
+    """Runs one step for many arguments; results in their order."""
+
+    def __call__(self, label: str, step: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]: ...
 
 
-def sample(parts: Sequence[Part], parts_dir: str, count: int, seed: int) -> np.ndarray:
-    """`count` rows (or all there are) to train on, float16[n, D]: drawn evenly, never a held-out id, in row order."""
-    root = storage.to_path(parts_dir)
-    eligible = [np.flatnonzero(~held_out(_read_array(root / part.key / ann.IDS_FILE))) for part in parts]
-    sizes = np.cumsum([0, *map(len, eligible)])
-    rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.choice(sizes[-1], size=min(count, int(sizes[-1])), replace=False))
-    found = []
-    for number, part in enumerate(parts):
-        mine = chosen[(chosen >= sizes[number]) & (chosen < sizes[number + 1])] - sizes[number]
-        if len(mine):
-            found.append(_read_array(root / part.key / ROWS_FILE)[eligible[number][mine]])
-    return np.concatenate(found)
+def run_here(label: str, step: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """A runner without processes."""
+    return [step(*call) for call in calls]
 
 
-def held_out(ids: np.ndarray) -> np.ndarray:
-    """Which ids are kept out of training, bool[N]: a fixed choice, as ids are hashes."""
-    return ids % HELD_OUT == 0
+@dataclass(frozen=True)
+class Place:
+    """Where a build works.
 
-
-def train(spec: IndexSpec, parts: Sequence[Part], parts_dir: str, seed: int) -> str:
-    """Train the index on a sample of the parts, unless that was done before; return where it lies."""
-    name = storage.sha256_bytes(storage.encode_json([spec.factory, seed, [part.key for part in parts]]))[:16]
-    target = storage.to_path(parts_dir) / f"trained-{name}"
-    if not _receipt(target):
-        vectors = sample(parts, parts_dir, spec.nlist * ann.TRAIN_ROWS_PER_LIST, seed)
-        with _working_dir(target) as work, ann.threads(os.cpu_count() or 1):
-            ann.train(spec, vectors, work / ann.TRAINED_FILE, seed)
-        _write_receipt(target, [ann.TRAINED_FILE], {"rows": len(vectors)})
-    return str(target / ann.TRAINED_FILE)
-
-
-def index_part(part: Part, parts_dir: str, trained: str) -> dict[str, Any]:
-    """Add the rows of a part to a copy of the trained index, unless that was done before; return the receipt."""
-    target = storage.to_path(parts_dir) / part.key
-    name = _index_name(trained)
-    done = _receipt(target / name)
-    if done:
-        return done
-    with _working_dir(target / name) as work:
-        local = work / ann.TRAINED_FILE
-        storage.copy_file(trained, local)
-        ann.build_part(local, _read_array(target / ROWS_FILE), work / PART_INDEX_FILE)
-        local.unlink()
-    return _write_receipt(target / name, [PART_INDEX_FILE], {"rows": part.num_rows})
-
-
-def assemble(work: Plan, parts_dir: str, trained: str | None, dim: int, staging: Path) -> None:
-    """Write the index files of the new release (all but the encoder) into `staging`.
-
-    Rows keep their order: those of the release that is extended, then part after part.
+    Attributes:
+        index: INDEX, local or s3://.
+        prefix: what all names of the build begin with.
+        base: the version directory of the release that is extended, for one of an older form; else empty.
     """
-    root = storage.to_path(parts_dir)
-    base = Path(str(fetch(work.base).path)) if work.base else None
-    folders = [storage.fetch_dir(root / part.key) for part in work.parts]
+
+    index: str
+    prefix: str
+    base: str = ""
+
+    def part(self, part: Part) -> str:
+        """The piece that a part is."""
+        return f"parts/{self.prefix}-{part.key}"
+
+    def segment(self, plan: SegmentPlan, spec: IndexSpec, quantiser: str) -> str:
+        """The piece that a segment is."""
+        facts = [plan.key, spec.kind, spec.factory, quantiser.rpartition("-")[2]]
+        return f"segments/{self.prefix}-{storage.sha256_bytes(storage.encode_json(facts))[:16]}"
+
+    def path(self, name: str) -> UPath:
+        """Where a piece lies; that of a release of an older form is the version itself."""
+        return storage.to_path(self.index) / name if name else storage.to_path(self.base)
+
+
+def run_build(
+    work: Plan,
+    index_dir: str,
+    config: BuildOptions,
+    run: Runner,
+    save_encoder: Callable[[Path], None],
+    facts: dict[str, Any],
+) -> Release:
+    """Carry out a plan and put the new release in force.
+
+    Args:
+        work: the plan.
+        index_dir: INDEX.
+        config: the build settings.
+        run: what runs the steps.
+        save_encoder: puts the encoder into a directory.
+        facts: fingerprint, dim and what else release.json should say.
+
+    Raises:
+        UserError: the recall asked for is not reached. ReleaseConflictError: another build published meanwhile.
+    """
+    prefix = f"{releases.sequence_of(work.base):06d}"
+    place = Place(str(storage.to_path(index_dir)), prefix, str(work.base.path) if work.base else "")
     try:
-        ids = [np.load(folder / ann.IDS_FILE) for folder in ([base] if base else []) + folders]
-        np.save(staging / ann.IDS_FILE, np.concatenate(ids))
-        np.save(staging / ann.DELETED_FILE, work.deleted)
-        np.save(staging / ann.BLOCKED_FILE, work.blocked)
-        ann.write_row_store(_row_blocks(base, folders), dim, staging / ann.VECTORS_FILE)
-        _write_items(base, folders, staging)
-        if trained:
-            name = _index_name(trained)
-            storage.copy_file(trained, staging / ann.TRAINED_FILE)
-            first = [base / ann.INDEX_FILE] if base else []
-            ann.merge(first + [folder / name / PART_INDEX_FILE for folder in folders], staging / ann.INDEX_FILE)
+        published = _build(work, place, config, run, save_encoder, facts)
+    except (OSError, IntegrityError, RuntimeError) as error:
+        if _is_overtaken(index_dir, work.base) and not isinstance(error, ReleaseConflictError):
+            raise ReleaseConflictError(
+                f"{index_dir}: another version was put in force while this one was made; run the same command again "
+                "to build on the newer one"
+            ) from error
+        raise
     finally:
-        if not storage.is_local(root):
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
+        if _is_overtaken(index_dir, work.base):  # by us, or by another build: what was made on the way is garbage
+            releases.gc(index_dir, config.keep_versions)
+    return published
 
 
-def tidy(parts_dir: str, work: Plan, keep_parts: bool) -> None:
-    """Remove the parts of older builds, and of this one unless they are to be kept."""
-    root = storage.to_path(parts_dir)
-    keep = {part.key for part in work.parts} if keep_parts else set()
-    for name in storage.list_names(root):
-        if name not in keep:
-            storage.remove_tree(root / name)
+def _is_overtaken(index_dir: str, base: Release | None) -> bool:
+    return max(releases.history(index_dir).numbers(), default=0) > releases.sequence_of(base)
+
+
+def _build(
+    work: Plan,
+    place: Place,
+    config: BuildOptions,
+    run: Runner,
+    save_encoder: Callable[[Path], None],
+    facts: dict[str, Any],
+) -> Release:
+    run("rows", write_rows, [(part, place) for part in work.parts])
+    quantiser = _quantiser(work, place, config, run)
+    if work.spec.kind == "ivf":
+        run("lists", assign_rows, _to_assign(work, place, quantiser))
+    run("segments", make_segment, [(plan, work.spec, place, quantiser, facts["dim"]) for plan in work.made])
+    names = [*work.kept, *(place.segment(plan, work.spec, quantiser) for plan in work.made)]
+    written = [_receipt_of(place, name).facts for name in names]
+    segments.unify([segments.read_schema(segment) for segment in written])
+    rows = [segment["rows"] for segment in written]
+    spec, measured = _measure(work, place, config, run, (names, rows, quantiser))
+    found = {name: _checksum_of(place, name) for name in [*names, *([quantiser] if quantiser else [])]}
+    with releases.staging(place.index, work.base) as staging:
+        save_encoder(staging / "encoder")
+        (staging / MAP_FILE).write_bytes(_map(work, place, run, (names, rows, quantiser)))
+        np.save(staging / DELETED_FILE, work.deleted)
+        np.save(staging / BLOCKED_FILE, work.blocked)
+        info = facts | {
+            "rows": sum(rows) - len(work.deleted),
+            "rows_deleted": len(work.deleted),
+            "corpora": work.corpora,
+            "spec": spec.model_dump(),
+            "segments": [{"name": name, "rows": count} for name, count in zip(names, rows, strict=True)],
+            "quantiser": quantiser or None,
+            "pieces": found,
+            "recall": measured,
+            "config": config.model_dump(include=set(BuildOptions.model_fields)),
+        }
+        return releases.publish(place.index, staging, info, work.base)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def write_rows(part: Part, place: Place) -> dict[str, Any]:
+    """Write the rows of a part, unless that was done before; return its facts."""
+
+    def write(out: Path) -> dict[str, Any]:
+        read = []
+        start = 0
+        for piece in part.slices:
+            keep = part.keep[start : start + piece.stop - piece.start]
+            start += piece.stop - piece.start
+            read.append(_read_slice(piece, keep))
+        table = pa.concat_tables([table for table, _ in read], promote_options="permissive")
+        vectors = [rows for _, rows in read]
+        ann.write_row_store(iter(vectors), vectors[0].shape[1], table.num_rows, out / ann.VECTORS_FILE)
+        segments.write_ids(table.column("id").to_numpy(), out)
+        with ItemsWriter(out, table.schema, parquet=False) as writer:
+            writer.write(table)
+        return {"rows": table.num_rows}
+
+    return _piece(place, place.part(part), write)
 
 
 def _read_slice(piece: Slice, keep: np.ndarray) -> tuple[pa.Table, np.ndarray]:
     """Items and float16 vectors of the kept rows."""
-    if not piece.shard:
-        folder = _local_release(piece.directory)
-        table = Items(folder).table.slice(piece.start, len(keep)).filter(pa.array(keep))
-        return table, ann.read_rows(folder, piece.start, piece.stop)[keep]
     directory = storage.to_path(piece.directory)
     receipt = read_receipt(directory, piece.shard)
     if receipt.sha256 != piece.sha256:
@@ -165,77 +210,324 @@ def _read_slice(piece: Slice, keep: np.ndarray) -> tuple[pa.Table, np.ndarray]:
     return table.append_column("corpus", corpus), rows
 
 
-def _local_release(directory: str) -> Path:
-    path = storage.to_path(directory)
-    return Path(str(path if storage.is_local(path) else fetch(resolve(directory)).path))
+# --- the quantiser and lists ------------------------------------------------------------------------------------------
 
 
-def _row_blocks(base: Path | None, folders: Sequence[Path]) -> Iterator[np.ndarray]:
-    if base:
-        total = len(np.load(base / ann.IDS_FILE, mmap_mode="r"))
-        for start in range(0, total, BLOCK_ROWS):
-            yield ann.read_rows(base, start, min(start + BLOCK_ROWS, total))
-    for folder in folders:
-        rows = np.load(folder / ROWS_FILE, mmap_mode="r")
-        for start in range(0, len(rows), BLOCK_ROWS):
-            yield rows[start : start + BLOCK_ROWS]
+def _quantiser(work: Plan, place: Place, config: BuildOptions, run: Runner) -> str:
+    """The name of the quantiser that the new segments go by; empty for other kinds of index."""
+    if work.spec.kind != "ivf":
+        return ""
+    if not work.trains:
+        assert work.base is not None
+        return str(work.base.info["quantiser"])
+    facts = [[plan.key for plan in work.made], work.spec.factory, config.seed]
+    name = f"quantisers/{place.prefix}-{storage.sha256_bytes(storage.encode_json(facts))[:16]}"
+    run("train", train, [(work.spec, work.made, place, name, config.seed)])
+    return name
 
 
-def _write_items(base: Path | None, folders: Sequence[Path], staging: Path) -> None:
-    schemas = [Items(base).table.schema] if base else []
-    schemas += [pq.read_schema(folder / ITEMS_FILE) for folder in folders]
-    try:
-        schema = pa.unify_schemas([s.remove_metadata() for s in schemas], promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+def train(spec: IndexSpec, made: Sequence[SegmentPlan], place: Place, name: str, seed: int) -> dict[str, Any]:
+    """Train a quantiser on a sample of the rows, unless that was done before; return its facts."""
+
+    def write(out: Path) -> dict[str, Any]:
+        with ann.threads(os.cpu_count() or 1):
+            vectors = sample(made, place, spec.nlist * ann.TRAIN_ROWS_PER_LIST, seed)
+            ann.train(spec, vectors, out, seed)
+        return {"rows": len(vectors)}
+
+    return _piece(place, name, write)
+
+
+def sample(made: Sequence[SegmentPlan], place: Place, count: int, seed: int) -> np.ndarray:
+    """`count` rows (or all there are) to train on, float16[n, D]: drawn evenly, never a held-out id, in row order."""
+    pieces: list[OldRows | Part] = []
+    for plan in made:
+        pieces += [*plan.old, *plan.parts]
+    sizes = np.cumsum([0, *(piece.num_rows for piece in pieces)])
+    rng = np.random.default_rng(seed)
+    wanted = min(int(sizes[-1]), round(count * (1 + 2 / HELD_OUT)) + 8)
+    chosen = np.sort(rng.choice(sizes[-1], size=wanted, replace=False))
+    found = []
+    for number, piece in enumerate(pieces):
+        mine = chosen[(chosen >= sizes[number]) & (chosen < sizes[number + 1])] - sizes[number]
+        with _local(place.path(_name_of(piece, place)), (ann.VECTORS_FILE, segments.IDS_FILE)) as folder:
+            ids = np.load(folder / segments.IDS_FILE, mmap_mode="r")
+            rows = mine if isinstance(piece, Part) else np.delete(np.arange(piece.rows), piece.dropped)[mine]
+            rows = rows[~held_out(ids[rows])]
+            found.append(ann.RowStore(folder / ann.VECTORS_FILE).rows[rows])
+    return np.concatenate(found)[:count]
+
+
+def held_out(ids: np.ndarray) -> np.ndarray:
+    """Which ids are kept out of training, bool[N]: a fixed choice, as ids are hashes."""
+    return ids % HELD_OUT == 0
+
+
+def _to_assign(work: Plan, place: Place, quantiser: str) -> list[tuple[Any, ...]]:
+    """The calls of `assign_rows`: every part, and older segments when there is a new quantiser, piece by piece."""
+    calls: list[tuple[Any, ...]] = []
+    for plan in work.made:
+        pieces: list[OldRows | Part] = [*(plan.old if work.trains else ()), *plan.parts]
+        for piece in pieces:
+            total = piece.num_rows if isinstance(piece, Part) else piece.rows
+            for start in range(0, total, ASSIGN_ROWS):
+                stop = min(start + ASSIGN_ROWS, total)
+                calls.append((_name_of(piece, place), start, stop, place, quantiser))
+    return calls
+
+
+def assign_rows(name: str, start: int, stop: int, place: Place, quantiser: str) -> dict[str, Any]:
+    """Find the lists of some rows of a part or segment, unless that was done before; return the facts."""
+
+    def write(out: Path) -> dict[str, Any]:
+        with (
+            _local(place.path(name), (ann.VECTORS_FILE,)) as folder,
+            _local(place.path(quantiser), (ann.TRAINED_FILE,)) as trained,
+        ):
+            rows = ann.RowStore(folder / ann.VECTORS_FILE).rows[start:stop]
+            np.save(out / ann.ASSIGN_FILE, ann.assign(trained / ann.TRAINED_FILE, rows))
+        return {"rows": stop - start}
+
+    return _piece(place, _assigned_name(name, start, place, quantiser), write)
+
+
+def _assigned_name(name: str, start: int, place: Place, quantiser: str) -> str:
+    key = storage.sha256_bytes(storage.encode_json([name or place.base, quantiser, start]))[:16]
+    return f"parts/{place.prefix}-lists-{key}"
+
+
+def _name_of(piece: OldRows | Part, place: Place) -> str:
+    return place.part(piece) if isinstance(piece, Part) else piece.name
+
+
+# --- segments ---------------------------------------------------------------------------------------------------------
+
+
+def make_segment(plan: SegmentPlan, spec: IndexSpec, place: Place, quantiser: str, dim: int) -> dict[str, Any]:
+    """Write a segment, unless that was done before; return its facts."""
+
+    def write(out: Path) -> dict[str, Any]:
+        pieces: list[OldRows | Part] = [*plan.old, *plan.parts]
+        with _all_local(place, pieces) as folders:
+            sources = [
+                Source(
+                    folder,
+                    piece.dropped if isinstance(piece, OldRows) else np.zeros(0, np.int64),
+                    _find_lists(piece, place, quantiser),
+                )
+                for piece, folder in zip(pieces, folders, strict=True)
+            ]
+            if not quantiser:
+                return segments.write_segment(sources, spec, None, out)
+            with _local(place.path(quantiser), (ann.TRAINED_FILE,)) as trained:
+                return segments.write_segment(sources, spec, trained / ann.TRAINED_FILE, out)
+
+    return _piece(place, place.segment(plan, spec, quantiser), write)
+
+
+def _find_lists(piece: OldRows | Part, place: Place, quantiser: str) -> np.ndarray | None:
+    """The lists that `assign_rows` found; None for an older segment that has its own."""
+    if not quantiser:
+        return None
+    name = _name_of(piece, place)
+    total = piece.num_rows if isinstance(piece, Part) else piece.rows
+    found = []
+    for start in range(0, total, ASSIGN_ROWS):
+        path = place.path(_assigned_name(name, start, place, quantiser))
+        if releases.read_piece(place.index, _assigned_name(name, start, place, quantiser)) is None:
+            return None
+        with _local(path, (ann.ASSIGN_FILE,)) as folder:
+            found.append(np.load(folder / ann.ASSIGN_FILE))
+    return np.concatenate(found)
+
+
+# --- recall -----------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    work: Plan, place: Place, config: BuildOptions, run: Runner, made: tuple[list[str], list[int], str]
+) -> tuple[IndexSpec, dict[str, Any]]:
+    """Search settings and the recall they reach: tuned, checked after a small change, or those in force."""
+    names, rows, quantiser = made
+    base, new = work.base, sum(plan.num_rows for plan in work.made)
+    total = sum(rows)
+    before = dict(base.info["recall"]) if base else {}
+    extends = base is not None and not work.trains and IndexSpec(**base.info["spec"]).factory == work.spec.factory
+    reached = extends and before.get("value", 0) >= config.recall
+    if base is not None and reached and not work.made and len(work.deleted) <= config.compact_share * total:
+        return IndexSpec(**base.info["spec"]), before | {"measured": before.get("measured", base.version)}
+    small = reached and new <= SMALL_CHANGE * total
+    task = recall.Task(
+        tuple(names),
+        tuple(rows),
+        quantiser,
+        work.spec,
+        min(QUICK_QUERIES, config.queries) if small else config.queries,
+        0 if small else config.filter_queries,
+        config.seed,
+    )
+    queries = run("queries", pick_queries, [(task, place, work.deleted)])[0]
+    blocks = recall.blocks(task)
+    exact = run("exact answers", exact_block, [(task, place, work.deleted, queries, block) for block in blocks])
+    answers = recall.join(exact)
+    found: recall.Recall = run("recall", tune, [(task, place, work.deleted, queries, answers, config.recall, small)])[0]
+    if small and found.value < config.recall:
+        found = run("recall", tune, [(task, place, work.deleted, queries, answers, config.recall, False)])[0]
+    if found.value < config.recall:
         raise UserError(
-            f"the embedding sets disagree about a manifest column ({error}): give it one type in every listing"
-        ) from None
-    with ItemsWriter(staging, schema) as writer:
-        if base:
-            writer.write(Items(base).table)
-        for folder in folders:
-            writer.write(pq.read_table(folder / ITEMS_FILE))
+            f"recall@{found.k} is {found.value:.4f} on {found.queries} held-out queries at best ({found.spec.factory}, "
+            f"nprobe {found.spec.nprobe}), --recall asks for {config.recall}; nothing was published: raise "
+            "--memory-gib, or lower --recall"
+        )
+    facts = found.facts() | {"asked": config.recall}
+    if small and "filtered" in before:
+        facts["filtered"] = before["filtered"]
+    return found.spec, facts
 
 
-def _index_name(trained: str) -> str:
-    return f"index-{storage.sha256_file(trained)[:12]}"
+def pick_queries(task: recall.Task, place: Place, deleted: np.ndarray) -> recall.Queries:
+    """Held-out rows to query with."""
+    with _release(task, place, (segments.IDS_FILE, ann.VECTORS_FILE, ann.ASSIGN_FILE)) as (folders, _):
+        return recall.pick_queries(task, folders, deleted, held_out)
 
 
-def _read_array(path: UPath) -> np.ndarray:
-    if storage.is_local(path):
-        return np.load(str(path), mmap_mode="r")
-    return np.load(io.BytesIO(storage.read_bytes(path)))
+def exact_block(
+    task: recall.Task, place: Place, deleted: np.ndarray, queries: recall.Queries, block: recall.Block
+) -> list[np.ndarray]:
+    """The best scores among some rows, of all queries and filters."""
+    name = task.segments[block.segment]
+    with _local(place.path(name), (segments.IDS_FILE, ann.VECTORS_FILE, ann.ASSIGN_FILE)) as folder:
+        return recall.exact_block(task, folder, deleted, queries, block)
+
+
+def tune(
+    task: recall.Task,
+    place: Place,
+    deleted: np.ndarray,
+    queries: recall.Queries,
+    answers: list[np.ndarray],
+    target: float,
+    check_only: bool,
+) -> recall.Recall:
+    """Search settings that reach the target, or whether those in force still do."""
+    with _release(task, place, None) as (folders, trained), ann.threads(os.cpu_count() or 1):
+        return recall.tune(task, folders, trained, deleted, queries, answers, target, check_only)
 
 
 @contextmanager
-def _working_dir(target: UPath) -> Iterator[Path]:
-    """A local directory whose files go to `target`, each whole or absent, when the block ends well."""
-    local = storage.is_local(target)
+def _release(
+    task: recall.Task, place: Place, files: tuple[str, ...] | None
+) -> Iterator[tuple[list[Path], Path | None]]:
+    names = [*task.segments, *([task.quantiser] if task.quantiser else [])]
+    with _each_local([place.path(name) for name in names], files) as folders:
+        count = len(task.segments)
+        yield folders[:count], folders[count] if task.quantiser else None
+
+
+# --- the map ----------------------------------------------------------------------------------------------------------
+
+
+def _map(work: Plan, place: Place, run: Runner, made: tuple[list[str], list[int], str]) -> bytes:
+    """The map of the release: drawn again when there are new rows, else that in force without what was deleted."""
+    task = recall.Task(tuple(made[0]), tuple(made[1]), made[2], work.spec, 0, 0, 0)
+    before = None
+    if work.base is not None and not work.made and MAP_FILE in work.base.files:
+        before = receipts.read_file(work.base.path, MAP_FILE, receipts.Receipt(work.base.files), releases.FIX)
+    drawn: bytes = run("map", draw_map, [(task, place, work.deleted, before)])[0]
+    return drawn
+
+
+def draw_map(task: recall.Task, place: Place, deleted: np.ndarray, before: bytes | None) -> bytes:
+    """The content of `map.parquet`."""
+    needed = None if before is None else (segments.IDS_FILE,)
+    with _release(task, place, needed) as (folders, _), tempfile.TemporaryDirectory() as work:
+        ids = np.concatenate([np.load(folder / segments.IDS_FILE, mmap_mode="r") for folder in folders])
+        if before is not None:
+            table = pq.read_table(pa.BufferReader(before))
+            gone = np.isin(table.column("id").to_numpy(), ids[deleted])
+            pq.write_table(table.filter(pa.array(~gone)), Path(work) / MAP_FILE, compression="zstd")
+        else:
+            live = np.ones(len(ids), bool)
+            live[deleted] = False
+            rows = _Rows([ann.RowStore(folder / ann.VECTORS_FILE).rows for folder in folders])
+            write_map(Path(work), ids, ItemsTable(folders).groups("uri"), rows, live)  # type: ignore[arg-type]
+        return (Path(work) / MAP_FILE).read_bytes()
+
+
+class _Rows:
+    """The mapped rows of several segments, to be indexed by an ascending array of row numbers."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self._parts, self._starts = parts, np.cumsum([0, *map(len, parts)])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        edges = np.searchsorted(rows, self._starts)
+        pieces = zip(self._parts, self._starts, edges, edges[1:], strict=False)
+        return np.concatenate([part[rows[low:high] - start] for part, start, low, high in pieces])
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _piece(place: Place, name: str, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Make a piece with `write`, unless it is finished and whole; return its facts."""
+    done = releases.read_piece(place.index, name)
+    if done is not None:
+        try:
+            receipts.verify(place.path(name), done[0])
+            return dict(done[0].facts)
+        except IntegrityError:
+            receipts.withdraw(place.path(name) / receipts.RECEIPT_FILE)
+    root = storage.to_path(place.index)
+    local = storage.is_local(root)
     if local:
-        target.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".work-", dir=str(target) if local else None))
+        root.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{releases.STAGING_PREFIX}{place.prefix}-", dir=str(root) if local else None))
     try:
-        yield work
-        for file in work.iterdir():
-            if local:
-                os.replace(file, str(target / file.name))
-            else:
-                storage.copy_file(file, target / file.name)
+        facts = write(work)
+        releases.create_piece(place.index, name, work, facts)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    return facts
 
 
-def _write_receipt(target: UPath, files: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
-    receipt = dict(facts) | {"files": {name: storage.sha256_file(target / name) for name in files}}
-    storage.write_json(target / RECEIPT_FILE, receipt)
-    return receipt
+def _receipt_of(place: Place, name: str) -> receipts.Receipt:
+    found = releases.read_piece(place.index, name)
+    if found is None:
+        raise IntegrityError(f"{place.path(name)}: not there any more; run the same command again")
+    return found[0]
 
 
-def _receipt(target: UPath) -> dict[str, Any] | None:
-    """The receipt of finished work; None when there is none or a file is not what it says."""
+def _checksum_of(place: Place, name: str) -> str:
+    found = releases.read_piece(place.index, name)
+    assert found is not None
+    return found[1]
+
+
+@contextmanager
+def _local(path: UPath, files: tuple[str, ...] | None) -> Iterator[Path]:
+    """A local directory with the files of a piece (all, or those named that exist): itself, or a copy while needed."""
+    if storage.is_local(path):
+        yield Path(str(path))
+        return
+    target = Path(tempfile.mkdtemp(prefix="audiomae-piece-"))
     try:
-        receipt: dict[str, Any] = storage.read_json(target / RECEIPT_FILE)
-        same = all(storage.sha256_file(target / name) == sha for name, sha in receipt["files"].items())
-    except (FileNotFoundError, IntegrityError):
-        return None
-    return receipt if same else None
+        for name in storage.list_names(path):
+            if files is None or name in files:
+                storage.copy_file(path / name, target / name)
+        yield target
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+@contextmanager
+def _each_local(paths: Sequence[UPath], files: tuple[str, ...] | None) -> Iterator[list[Path]]:
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        yield [stack.enter_context(_local(path, files)) for path in paths]
+
+
+def _all_local(place: Place, pieces: Sequence[OldRows | Part]) -> Any:
+    needed = (ann.VECTORS_FILE, segments.IDS_FILE, "items.arrow", ann.ASSIGN_FILE)
+    return _each_local([place.path(_name_of(piece, place)) for piece in pieces], needed)

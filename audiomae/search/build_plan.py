@@ -1,13 +1,13 @@
 """What a build has to do: compare the embedding sets with the release in force, row by row, by id and checksum.
 
-The plan names slices of stored tables (embedding shards, or an older release that has to be rebuilt) and which of
-their rows to keep, cut into parts of about equal size that can be read and indexed at the same time.
+The plan says which segments stay as they are, which are written (from slices of embedding shards, cut into parts that
+can be read at the same time, and from the rows of older segments), and which rows are no longer found. Making it takes
+8 bytes of memory a new row beside what one row in sixteen needs; nothing grows with the rows that are indexed already.
 """
 
-import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,18 @@ import pyarrow.parquet as pq
 
 from audiomae import storage
 from audiomae.artifacts.embeddings import EmbeddingSet, ShardReceipt
-from audiomae.artifacts.releases import Release, fetch
+from audiomae.artifacts.releases import Release
 from audiomae.artifacts.tables import map_ahead
 from audiomae.errors import UserError
-from audiomae.search import index as ann
-from audiomae.search.items import Items
+from audiomae.search.indexed import Indexed, IndexedSegment
 from audiomae.search.spec import BuildOptions, IndexSpec, choose
-from audiomae.storage import open_seekable
+
+BUCKETS = 16  # ids are hashes: a sixteenth of them is compared at a time
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `stop` of one stored table: an embedding shard, or (with no shard name) a release."""
+    """Rows `start` to `stop` of an embedding shard."""
 
     directory: str
     shard: str
@@ -56,31 +56,97 @@ class Part:
 
 
 @dataclass(frozen=True)
+class OldRows:
+    """The rows of an indexed segment, less those in `dropped` (int64, ascending)."""
+
+    name: str
+    rows: int
+    dropped: np.ndarray = field(repr=False)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are taken."""
+        return self.rows - len(self.dropped)
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """A segment to be written: rows of older segments, then new ones."""
+
+    old: tuple[OldRows, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the segment will have."""
+        return sum(rows.num_rows for rows in self.old) + sum(part.num_rows for part in self.parts)
+
+    @property
+    def key(self) -> str:
+        """A name that changes with anything that decides the segment's rows."""
+        old = [(o.name, storage.sha256_bytes(o.dropped.tobytes())) for o in self.old]
+        return storage.sha256_bytes(storage.encode_json([old, [part.key for part in self.parts]]))[:16]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a build has to do.
 
     Attributes:
-        base: the release to extend; None to build everything (`parts` then include the rows of an older release).
-        parts: what to read and index.
-        spec: the index to train, or that of `base`.
+        base: the release in force; None for a first build.
+        kept: segments of it that stay, by name.
+        made: segments to write; they come after those that stay.
+        trains: whether a quantiser is trained for them (and `kept` is empty).
+        spec: what the segments are.
         corpora: one entry per embedding set: root, embeddings, windowing, the SHA-256 of its indexed shards.
-        deleted: int64, rows of `base` that are no longer found.
+        deleted: int64, rows of the kept segments (numbered through in their order) that are no longer found.
         blocked: int64, ids deleted by request, which stay deleted when they are embedded again.
         reason: for the log.
+        notes: what the user should know, such as ids to delete that are not there.
     """
 
     base: Release | None
-    parts: tuple[Part, ...]
+    kept: tuple[str, ...]
+    made: tuple[SegmentPlan, ...]
+    trains: bool
     spec: IndexSpec
     corpora: list[dict[str, Any]]
     deleted: np.ndarray
     blocked: np.ndarray
     reason: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is to be read from embedding sets."""
+        return tuple(part for segment in self.made for part in segment.parts)
 
     @property
     def num_new(self) -> int:
-        """Rows that the parts bring."""
+        """Rows that are read from embedding sets."""
         return sum(part.num_rows for part in self.parts)
+
+    @property
+    def key(self) -> str:
+        """A name for the build: the same for the same work on the same base."""
+        made = [segment.key for segment in self.made]
+        facts = [self.base.version if self.base else None, self.kept, made, self.spec.factory, self.spec.nlist]
+        return storage.sha256_bytes(storage.encode_json(facts) + self.deleted.tobytes() + self.blocked.tobytes())[:16]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a build beside the embedding sets to index.
+
+    Attributes:
+        delete: int64, ids to delete for good.
+        undelete: int64, ids that were deleted by request and are to be found again.
+        remove: embedding sets (as they were named when they were indexed) whose clips are no longer found.
+    """
+
+    delete: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    undelete: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    remove: tuple[str, ...] = ()
 
 
 @dataclass
@@ -90,36 +156,22 @@ class _Rows:
     slices: list[Slice] = field(default_factory=list)
     ids: list[np.ndarray] = field(default_factory=list)
 
-    def ids_array(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.int64), *self.ids])
+    def take_ids(self) -> np.ndarray:
+        """All ids; the list is emptied, so that they are held once."""
+        total = np.empty(sum(map(len, self.ids)), np.int64)
+        start = 0
+        for number, ids in enumerate(self.ids):
+            total[start : start + len(ids)] = ids
+            start += len(ids)
+            self.ids[number] = ids[:0]
+        return total
 
     def corpus_array(self) -> np.ndarray:
-        return np.repeat([s.corpus for s in self.slices], [s.stop - s.start for s in self.slices]).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class _Indexed:
-    """What the release in force holds, row by row: ids, corpus numbers, which are found; and the blocked ids."""
-
-    ids: np.ndarray
-    corpus: np.ndarray
-    live: np.ndarray
-    blocked: np.ndarray
-
-    @classmethod
-    def read(cls, base: Release | None) -> "_Indexed":
-        if base is None:
-            none = np.zeros(0, np.int64)
-            return cls(none, none, np.zeros(0, bool), none)
-        folder = Path(str(fetch(base).path))
-        ids = np.load(folder / ann.IDS_FILE)
-        live = np.ones(len(ids), dtype=bool)
-        live[np.load(folder / ann.DELETED_FILE)] = False
-        return cls(ids, Items(folder).table.column("corpus").to_numpy(), live, np.load(folder / ann.BLOCKED_FILE))
+        return np.repeat([s.corpus for s in self.slices], [s.stop - s.start for s in self.slices]).astype(np.int32)
 
 
 def make_plan(
-    sets: Sequence[EmbeddingSet], base: Release | None, delete_ids: np.ndarray, config: BuildOptions
+    sets: Sequence[EmbeddingSet], base: Release | None, request: Request, config: BuildOptions
 ) -> Plan | None:
     """Compare what is embedded with what is indexed; None when the release in force has it all.
 
@@ -129,54 +181,81 @@ def make_plan(
     Args:
         sets: the embedding sets to be in the index, beside those that are.
         base: the release in force.
-        delete_ids: int64, ids to delete for good.
+        request: ids to delete or to find again, sets to remove.
         config: the build settings.
 
     Raises:
-        UserError: the same id in corpora with different roots, or nothing to index at all.
+        UserError: the same id in corpora with different roots, a set to remove that is not indexed, or nothing to
+            index at all.
     """
     if base is None and not sets:
         raise UserError("nothing to index: name at least one --embeddings DIR")
+    old = Indexed.open(base)
     corpora = [dict(entry) for entry in base.info["corpora"]] if base else []
-    old = _Indexed.read(base)
-    live = old.live.copy()
+    notes: list[str] = []
+    _remove_sets(request.remove, corpora, old)
+    blocked = _new_blocked(old, request, notes)
     new = _Rows()
     for embeddings in sets:
-        _add_set(embeddings, corpora, new, old, live)
-    blocked = np.union1d(old.blocked, delete_ids).astype(np.int64)
-    new_ids = new.ids_array()
-    _check_roots(
-        np.concatenate([old.ids[live], new_ids]),
-        np.concatenate([old.corpus[live], new.corpus_array()]),
-        [entry["root"] for entry in corpora],
-    )
-    keep = _last_of_each(new_ids) & ~np.isin(new_ids, blocked)
-    live &= ~np.isin(old.ids, new_ids[keep]) & ~np.isin(old.ids, blocked)
+        _add_set(embeddings, corpora, new, old)
+    missing = old.restore(np.setdiff1d(np.intersect1d(request.undelete, old.blocked), blocked))
+    keep = _rows_to_add(new, old, corpora, blocked, (sets, missing), notes)
+    old.delete_ids(blocked)
 
-    total = int(np.count_nonzero(live) + np.count_nonzero(keep))
+    total = old.num_live + int(np.count_nonzero(keep))
     if total == 0:
         raise UserError("nothing to index: the embedding sets hold no rows, or all were deleted")
     dim = int(base.info["dim"]) if base else sets[0].dim
-    spec = choose(total, dim, config.memory_gib, config.flat_max_rows)
-    if base and not (reason := _why_rebuild(IndexSpec(**base.info["spec"]), spec, live, config)):
-        unchanged = not keep.any() and np.array_equal(live, old.live) and np.array_equal(blocked, old.blocked)
-        if unchanged and corpora == base.info["corpora"] and base.info["recall"]["value"] >= config.recall:
+    spec = choose(total, dim, config.memory_gib, config.flat_max_rows, config.index)
+    rebuild = _why_rebuild(old, spec, config) if base else "first build"
+    if base and not rebuild:
+        same = not keep.any() and not old.changed and np.array_equal(blocked, old.blocked)
+        if same and corpora == base.info["corpora"] and base.info["recall"]["value"] >= config.recall:
             return None
-        parts = _cut(new.slices, keep, config)
-        deleted = np.flatnonzero(~live)
-        return Plan(base, parts, IndexSpec(**base.info["spec"]), corpora, deleted, blocked, f"extends {base.version}")
-    if base:
-        new.slices.insert(0, Slice(str(base.path), "", "", 0, len(live), -1))
-        keep = np.concatenate([live, keep])
-        reason = f"rebuilds {base.version}: {reason}"
+        spec = IndexSpec(**base.info["spec"])
+        kept, made = _arrange(old.segments, _cut(new.slices, keep, config), config)
+        reason = f"extends {base.version}"
     else:
-        reason = "first build"
-    return Plan(None, _cut(new.slices, keep, config), spec, corpora, np.zeros(0, np.int64), blocked, reason)
+        kept, made = (), _rebuilt(old.segments, _cut(new.slices, keep, config), config)
+        reason = f"rebuilds {base.version}: {rebuild}" if base else rebuild
+    deleted = old.deleted_rows(kept)
+    trains = bool(rebuild) and spec.kind == "ivf"
+    return Plan(base, kept, made, trains, spec, corpora, deleted, blocked, reason, tuple(notes))
 
 
-def _add_set(
-    embeddings: EmbeddingSet, corpora: list[dict[str, Any]], new: _Rows, old: _Indexed, live: np.ndarray
-) -> None:
+def _new_blocked(old: Indexed, request: Request, notes: list[str]) -> np.ndarray:
+    _note_unknown(
+        np.setdiff1d(request.delete, old.blocked), old, "delete", "they stay deleted if embedded later", notes
+    )
+    never = np.setdiff1d(request.undelete, old.blocked)
+    if len(never):
+        notes.append(f"{_some(never)} to undelete: never deleted by request, so nothing changes for them")
+    return np.setdiff1d(np.union1d(old.blocked, request.delete), request.undelete).astype(np.int64)
+
+
+def _note_unknown(ids: np.ndarray, old: Indexed, verb: str, what: str, notes: list[str]) -> None:
+    unknown = ids[~old.has(ids)]
+    if len(unknown):
+        notes.append(f"{_some(unknown)} to {verb} not in the index ({what})")
+
+
+def _some(ids: np.ndarray) -> str:
+    shown = ", ".join(str(value) for value in ids[:5])
+    return f"{len(ids)} {'id' if len(ids) == 1 else 'ids'} ({shown}{', ...' if len(ids) > 5 else ''})"
+
+
+def _remove_sets(names: Sequence[str], corpora: list[dict[str, Any]], old: Indexed) -> None:
+    for name in names:
+        path = str(storage.to_path(name))
+        numbers = [number for number, entry in enumerate(corpora) if entry["embeddings"] == path]
+        if not numbers:
+            known = ", ".join(entry["embeddings"] for entry in corpora) or "none"
+            raise UserError(f"--remove {path}: not among the indexed embedding sets ({known})")
+        old.delete_corpus(numbers[0], None)
+        corpora[numbers[0]] = corpora[numbers[0]] | {"shards": []}
+
+
+def _add_set(embeddings: EmbeddingSet, corpora: list[dict[str, Any]], new: _Rows, old: Indexed) -> None:
     known = {sha for entry in corpora for sha in entry["shards"]}
     path = str(embeddings.path)
     receipts = list(embeddings.receipts.values())
@@ -189,8 +268,9 @@ def _add_set(
         corpora.append({"root": embeddings.corpus_root, "embeddings": path, "shards": [], **windows})
     shards = [receipt.sha256 for receipt in receipts]
     if set(corpora[number]["shards"]) - set(shards):  # the set was updated: what it no longer has is not found any more
-        current = np.concatenate([np.zeros(0, np.int64), *_read_ids(embeddings, receipts)])
-        live &= (old.corpus != number) | np.isin(old.ids, current)
+        current = _Rows(ids=list(_read_ids(embeddings, receipts))).take_ids()
+        current.sort()
+        old.delete_corpus(number, current)
     corpora[number]["shards"] = shards
     for receipt, ids in zip(fresh, _read_ids(embeddings, fresh), strict=True):
         new.slices.append(Slice(path, receipt.shard, receipt.sha256, 0, len(ids), number))
@@ -199,44 +279,179 @@ def _add_set(
 
 def _read_ids(embeddings: EmbeddingSet, receipts: Sequence[ShardReceipt]) -> Iterator[np.ndarray]:
     def read(receipt: ShardReceipt) -> np.ndarray:
-        path, entry = embeddings.path / receipt.embeddings, receipt.files[receipt.embeddings]
-        # a small part of the shard, which is checked whole when its rows are read
-        with open_seekable(path, entry.bytes) as file:
+        path = embeddings.path / receipt.embeddings
+        with path.open("rb") as file:  # a small part of the shard, which is checked whole when its rows are read
             return pq.read_table(file, columns=["id"], page_checksum_verification=True).column("id").to_numpy()
 
     return map_ahead(read, receipts)
 
 
-def _check_roots(ids: np.ndarray, corpus: np.ndarray, roots: Sequence[str]) -> None:
-    codes = np.unique(np.asarray(roots, dtype=str), return_inverse=True)[1][corpus]
-    order = np.argsort(ids, kind="stable")
-    clash = (np.diff(ids[order]) == 0) & (np.diff(codes[order]) != 0)
-    if clash.any():
-        first = int(np.flatnonzero(clash)[0])
-        one, other = (roots[corpus[order[first + step]]] for step in (0, 1))
+def _rows_to_add(
+    new: _Rows,
+    old: Indexed,
+    corpora: Sequence[dict[str, Any]],
+    blocked: np.ndarray,
+    restoring: tuple[Sequence[EmbeddingSet], np.ndarray],
+    notes: list[str],
+) -> np.ndarray:
+    """Which of the new rows are indexed, bool[N]; rows of the release that they replace are deleted."""
+    fresh = len(new.slices)
+    if len(restoring[1]):
+        _read_again(*restoring, corpora, new, notes)
+    wanted = [int(piece.stop - piece.start) for piece in new.slices[:fresh]]
+    ids = new.take_ids()
+    keep = _last_of_each(ids) & ~is_member(ids, blocked)
+    again = sum(wanted)
+    keep[again:] &= is_member(ids[again:], restoring[1])
+    roots = [entry["root"] for entry in corpora]
+    if len(set(roots)) > 1:
+        _check_roots(ids, keep, new.corpus_array(), old, roots)
+    old.delete_ids(ids[keep])
+    return keep
+
+
+def _read_again(
+    sets: Sequence[EmbeddingSet], missing: np.ndarray, corpora: Sequence[dict[str, Any]], new: _Rows, notes: list[str]
+) -> None:
+    """Rows that a merge had dropped come from their embedding sets again."""
+    found, fresh = np.zeros(0, np.int64), {piece.sha256 for piece in new.slices}
+    for embeddings in sets:
+        number = next((i for i, entry in enumerate(corpora) if entry["embeddings"] == str(embeddings.path)), None)
+        receipts = [r for r in embeddings.receipts.values() if number is not None and r.sha256 not in fresh]
+        for receipt, ids in zip(receipts, _read_ids(embeddings, receipts), strict=True):
+            if is_member(ids, missing).any():
+                path = str(embeddings.path)
+                new.slices.append(Slice(path, receipt.shard, receipt.sha256, 0, len(ids), int(number or 0)))
+                new.ids.append(ids)
+                found = np.union1d(found, ids)
+    lost = np.setdiff1d(missing, found)
+    if len(lost):
+        notes.append(f"{_some(lost)} to undelete no longer in the index: name their --embeddings as well")
+
+
+def is_member(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Which ids are among `values` (ascending), bool[N], a block at a time."""
+    found = np.zeros(len(ids), bool)
+    if len(values):
+        for start in range(0, len(ids), 1 << 20):
+            block = ids[start : start + (1 << 20)]
+            places = np.minimum(np.searchsorted(values, block), len(values) - 1)
+            found[start : start + len(block)] = values[places] == block
+    return found
+
+
+def _buckets(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows of a sixteenth of the ids after another; equal ids are together."""
+    if len(ids) < 1 << 20:
+        yield np.arange(len(ids))
+        return
+    for bucket in range(BUCKETS):
+        yield np.flatnonzero(ids % BUCKETS == bucket)
+
+
+def _last_of_each(ids: np.ndarray) -> np.ndarray:
+    keep = np.zeros(len(ids), dtype=bool)
+    for rows in _buckets(ids):
+        mine = ids[rows]
+        keep[rows[len(mine) - 1 - np.unique(mine[::-1], return_index=True)[1]]] = True
+    return keep
+
+
+def _check_roots(ids: np.ndarray, keep: np.ndarray, corpus: np.ndarray, old: Indexed, roots: Sequence[str]) -> None:
+    codes = np.unique(np.asarray(roots, dtype=str), return_inverse=True)[1]
+    count, first = 0, None
+    for rows in _buckets(ids):
+        order = rows[np.argsort(ids[rows], kind="stable")]
+        mine, theirs = ids[order], codes[corpus[order]]
+        clash = np.flatnonzero((np.diff(mine) == 0) & (np.diff(theirs) != 0))
+        count += len(clash)
+        if len(clash) and first is None:
+            place = int(clash[0])
+            first = (int(mine[place]), *(roots[corpus[order[place + step]]] for step in (0, 1)))
+        places, numbers = old.corpora_of(ids[rows])
+        other = np.flatnonzero(codes[numbers] != codes[corpus[rows[places]]])
+        count += len(other)
+        if len(other) and first is None:
+            place = int(other[0])
+            first = (int(ids[rows[places[place]]]), roots[numbers[place]], roots[corpus[rows[places[place]]]])
+    if first:
         raise UserError(
-            f"{np.count_nonzero(clash)} ids are in two corpora (id {ids[order[first]]} in {one} and in {other}): "
+            f"{count} ids are in two corpora (id {first[0]} in {first[1]} and in {first[2]}): "
             "ids are made from the path within a corpus, so embed both with their common parent folder as --corpus, "
             "or put them into two indexes"
         )
 
 
-def _last_of_each(ids: np.ndarray) -> np.ndarray:
-    keep = np.zeros(len(ids), dtype=bool)
-    keep[len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]] = True
-    return keep
-
-
-def _why_rebuild(old: IndexSpec, new: IndexSpec, live: np.ndarray, config: BuildOptions) -> str:
-    dead = 1 - np.count_nonzero(live) / len(live)
-    if dead > config.compact_share:
-        return f"{dead:.0%} of its rows are deleted"
-    old_codec, new_codec = old.factory.partition(",")[2], new.factory.partition(",")[2]
-    if (old.kind, old_codec) != (new.kind, new_codec):
-        return f"{new.factory or 'an exhaustive scan'} suits this size and memory, not {old.factory or 'a scan'}"
-    if new.nlist >= 4 * max(old.nlist, 1):
-        return f"{new.nlist} lists suit this size, not {old.nlist}"
+def _why_rebuild(old: Indexed, new: IndexSpec, config: BuildOptions) -> str:
+    if old.legacy:
+        return "it is stored in the form of an older version"
+    before = IndexSpec(**old.info["spec"])
+    old_codec, new_codec = before.factory.partition(",")[2], new.factory.partition(",")[2]
+    if (before.kind, old_codec) != (new.kind, new_codec) or (config.index and new.nlist != before.nlist):
+        asked = "was asked for" if config.index else "suits this size and memory"
+        return f"{new.factory or 'an exhaustive scan'} {asked}, not {before.factory or 'a scan'}"
+    if new.nlist >= 4 * max(before.nlist, 1):
+        return f"{new.nlist} lists suit this size, not {before.nlist}"
     return ""
+
+
+def _rebuilt(
+    segments: Sequence[IndexedSegment], parts: Sequence[Part], config: BuildOptions
+) -> tuple[SegmentPlan, ...]:
+    """Everything in as few segments as may be."""
+    pieces: list[OldRows | Part] = [
+        OldRows(s.name, s.num_rows, s.deleted) for s in segments if len(s.deleted) < s.num_rows
+    ]
+    made: list[SegmentPlan] = []
+    for piece in pieces + list(parts):
+        if not made or made[-1].num_rows + piece.num_rows > config.segment_rows:
+            made.append(SegmentPlan())
+        made[-1] = _joined(made[-1], piece)
+    return tuple(made)
+
+
+def _joined(segment: SegmentPlan, piece: OldRows | Part) -> SegmentPlan:
+    if isinstance(piece, OldRows):
+        return replace(segment, old=(*segment.old, piece))
+    return replace(segment, parts=(*segment.parts, piece))
+
+
+def _arrange(
+    segments: Sequence[IndexedSegment], parts: Sequence[Part], config: BuildOptions
+) -> tuple[tuple[str, ...], tuple[SegmentPlan, ...]]:
+    """Which segments stay and which are written.
+
+    New rows become a segment of their own. A segment with many deleted rows is written again; `fan_in` segments of
+    about one size become one, as long as it is not larger than `segment_rows`.
+    """
+    pieces: list[tuple[bool, SegmentPlan]] = []  # (is it to be written, what it holds)
+    for segment in segments:
+        dead = len(segment.deleted) / segment.num_rows
+        rows = OldRows(segment.name, segment.num_rows, segment.deleted)
+        if dead < 1:
+            pieces.append((dead > config.compact_share, SegmentPlan((rows,))))
+    for part in parts:
+        last = pieces[-1] if pieces else None
+        if last is not None and last[1].parts and last[1].num_rows + part.num_rows <= config.segment_rows:
+            pieces[-1] = (True, _joined(last[1], part))
+        else:
+            pieces.append((True, SegmentPlan(parts=(part,))))
+    while (group := _same_size(pieces, config)) is not None:
+        merged = SegmentPlan(
+            tuple(old for number in group for old in pieces[number][1].old),
+            tuple(part for number in group for part in pieces[number][1].parts),
+        )
+        pieces = [piece for number, piece in enumerate(pieces) if number not in group] + [(True, merged)]
+    kept = tuple(plan.old[0].name for written, plan in pieces if not written)
+    return kept, tuple(plan for written, plan in pieces if written)
+
+
+def _same_size(pieces: Sequence[tuple[bool, SegmentPlan]], config: BuildOptions) -> list[int] | None:
+    tiers: dict[int, list[int]] = {}
+    for number, (_, plan) in enumerate(pieces):
+        if plan.num_rows * config.fan_in <= config.segment_rows:
+            tiers.setdefault(int(math.log(max(plan.num_rows, 1), 4)), []).append(number)
+    return next((group for _, group in sorted(tiers.items()) if len(group) >= config.fan_in), None)
 
 
 def _cut(slices: Sequence[Slice], keep: np.ndarray, config: BuildOptions) -> tuple[Part, ...]:
@@ -247,9 +462,12 @@ def _cut(slices: Sequence[Slice], keep: np.ndarray, config: BuildOptions) -> tup
     edges = [round(total * number / count) for number in range(count + 1)]
     starts = np.cumsum([0, *(piece.stop - piece.start for piece in slices)])
     parts = []
-    for low, high in itertools.pairwise(edges):
+    for low, high in zip(edges, edges[1:], strict=False):  # noqa: RUF007
         pieces = []
-        for piece, start in zip(slices, starts, strict=False):
+        first_slice = max(int(np.searchsorted(starts, low, side="right")) - 1, 0)
+        for piece, start in zip(slices[first_slice:], starts[first_slice:], strict=False):
+            if start >= high:
+                break
             first, last = max(low - start, 0), min(high - start, piece.stop - piece.start)
             if first < last and keep[start + first : start + last].any():
                 pieces.append((replace(piece, start=int(first), stop=int(last)), keep[start + first : start + last]))

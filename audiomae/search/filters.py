@@ -145,7 +145,7 @@ def mask(
         FilterError: anything about the filter that does not fit the table.
     """
     check(where, types)
-    return _evaluate(where, column)
+    return evaluate(where, types, column)
 
 
 def check(where: Any, types: Mapping[str, pa.DataType], depth: int = 0) -> None:
@@ -191,28 +191,35 @@ def operators(column: str, condition: Any) -> Mapping[str, Any]:
     return condition
 
 
-def _evaluate(where: Mapping[str, Any], column: Callable[[str], Column]) -> np.ndarray | None:
+def evaluate(
+    where: Mapping[str, Any], types: Mapping[str, pa.DataType], column: Callable[[str], Column]
+) -> np.ndarray | None:
+    """As `mask`, of a filter that was checked: operands are of the types in `types`, columns may be narrower."""
     found: np.ndarray | None = None
     for name, condition in where.items():
         if name == ANY and isinstance(condition, list | tuple):
-            masks = [part for part in (_evaluate(alternative, column) for alternative in condition) if part is not None]
+            masks = [
+                part for part in (evaluate(alternative, types, column) for alternative in condition) if part is not None
+            ]
             these = [functools.reduce(np.logical_or, masks)]
         else:
-            source = column(name)
-            these = [_apply(source, name, key, operand) for key, operand in operators(name, condition).items()]
+            source, kind = column(name), value_type(types[name])
+            fitted = {key: _operand(name, kind, key, given) for key, given in operators(name, condition).items()}
+            these = [_apply(source, key, operand) for key, operand in fitted.items()]
         for mask in these:
             found = mask if found is None else found & mask
     return found
 
 
-def _apply(column: Column, name: str, key: str, given: Any) -> np.ndarray:
+def _apply(column: Column, key: str, operand: Any) -> np.ndarray:
     if key in _NEGATED:
-        return ~_apply(column, name, _NEGATED[key], given)
-    operand = _operand(name, column.type, key, given)
+        return ~_apply(column, _NEGATED[key], operand)
     if key == "is_null" or operand is None:
         nulls = column.nulls()
         return nulls if operand is None or operand else ~nulls
     if column.source is not None:
+        if pa.types.is_null(column.type) or key == "in":  # no row has a value
+            return column.nulls() & (key == "in" and None in operand)
         return _contains_element(column.source, operand)
     assert column.values is not None
     if column.dictionary is not None:
@@ -220,19 +227,23 @@ def _apply(column: Column, name: str, key: str, given: Any) -> np.ndarray:
     if key == "in":
         found = _among(column.values, [value for value in operand if value is not None])
     else:
-        # of the column's own type, so that 0.1 is the 0.1 that a float32 column holds
-        found = _COMPARE.get(key, operator.eq)(column.values, column.values.dtype.type(operand))
+        found = _COMPARE.get(key, operator.eq)(column.values, _same_kind(column.values, operand))
     found = found if column.valid is None else found & column.valid
     return found | column.nulls() if key == "in" and None in operand else found
+
+
+def _same_kind(values: np.ndarray, operand: Any) -> Any:
+    """0.1 as the 0.1 that a float32 column holds; whole numbers stay, as a narrower column compares with any."""
+    return values.dtype.type(operand) if values.dtype.kind == "f" else operand
 
 
 def _among(values: np.ndarray, wanted: list[Any]) -> np.ndarray:
     if len(wanted) <= 8:
         found = np.zeros(len(values), bool)
         for value in wanted:
-            found |= values == values.dtype.type(value)
+            found |= values == _same_kind(values, value)
         return found
-    return np.isin(values, np.array(wanted, values.dtype))
+    return np.isin(values, np.array(wanted))
 
 
 def _apply_codes(codes: np.ndarray, dictionary: pa.Array, key: str, operand: Any) -> np.ndarray:

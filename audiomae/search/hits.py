@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from audiomae.search.items import Items
+from audiomae.search.items import ItemsTable
 
 FIRST_FETCH = 4  # rows looked at per group wanted, before looking again for more groups
 Find = Callable[[np.ndarray, int, "np.ndarray | None"], tuple[np.ndarray, np.ndarray]]
@@ -37,7 +37,7 @@ class Hits:
         ids: np.ndarray,
         scores: np.ndarray,
         rows: np.ndarray,
-        table: Items,
+        table: ItemsTable,
         members: "list[list[Members]] | None" = None,
     ) -> None:
         self.ids, self.scores, self.rows, self.members = ids, scores, rows, members

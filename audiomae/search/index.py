@@ -1,18 +1,21 @@
-"""The vector index: choose, train, build a part, merge, search. The only module that imports faiss.
+"""The vector index itself: training, encoding, mapped inverted lists, scanning. The only module that imports faiss.
 
-A release holds every vector once as float16, in row order (`vectors.faiss`, memory-mapped): the *row store*. It answers
-exact searches, gives any vector back, and is what every index is built from, so an index built in parts, in one piece
-or again from an older release has the same bytes. Small releases search the row store itself; larger ones put an
-inverted-file index (`index.faiss`, in memory) before it and rescore its candidates on the row store, so scores are the
-cosine similarity of the stored vectors whatever the index is.
+A segment holds every vector once as float16, in row order (`vectors.faiss`, memory-mapped): the *row store*. It
+answers exact searches, gives any vector back, rescores what an approximate index proposes, and is what every index is
+built from, so an index built in parts, in one piece or again has the same bytes.
 
-FAISS ids are row numbers; clip ids lie beside them in `ids.npy`. Deleted rows stay until a rebuild and are masked out.
+Before it stands, in larger releases, an inverted file: one quantiser for all segments of a release (`trained.faiss`,
+its centroids as float16), and for each segment the list of every row (`assign.npy`) and the codes of every list
+(`lists.bin`, with the places of the lists in `layout.npy`). `lists.bin` is mapped as well, whatever the codes are
+(also those that FAISS itself cannot map), so that any number of processes of one machine share one copy.
+
+FAISS ids are row numbers within a segment; clip ids lie beside them.
 """
 
-import math
+import ctypes
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +26,13 @@ import numpy as np
 
 from audiomae.errors import IntegrityError
 from audiomae.search.spec import IndexSpec
-from audiomae.search.spec import choose as choose
 
 VECTORS_FILE, INDEX_FILE, TRAINED_FILE = "vectors.faiss", "index.faiss", "trained.faiss"
-IDS_FILE, DELETED_FILE, BLOCKED_FILE = "ids.npy", "deleted.npy", "blocked_ids.npy"
-EXACT_MAX_MATCHES = 20_000  # a filter that leaves no more rows than this is answered by an exact scan
-MAX_PROBE_FACTOR = 4.0  # how much wider to probe when a filter leaves a tenth of the rows or more
-TRAIN_ROWS_PER_LIST = 64
+ASSIGN_FILE, LISTS_FILE, LAYOUT_FILE, SHAPE_FILE = "assign.npy", "lists.bin", "layout.npy", "shape.npy"
+TRAIN_ROWS_PER_LIST = 40
+TRAIN_ROUNDS = 10
 ADD_BATCH = 16_384
+ALIGN = 64
 _READ_LOCK = threading.Lock()
 
 
@@ -51,54 +53,15 @@ def to_rows(vectors: np.ndarray, source: str = "embeddings") -> np.ndarray:
     return (vectors / norms).astype(np.float16)
 
 
-def train(spec: IndexSpec, sample: np.ndarray, out: Path, seed: int = 0) -> None:
-    """Train an empty index on row-store vectors `float16[N, D]` and write it to `out`."""
-    index = faiss.index_factory(sample.shape[1], spec.factory, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed = seed + 1234
-    index.cp.max_points_per_centroid = TRAIN_ROWS_PER_LIST
-    index.train(sample.astype(np.float32))
-    faiss.write_index(index, str(out))
-
-
-def build_part(trained: Path, rows: np.ndarray, out: Path) -> None:
-    """Add row-store vectors `float16[N, D]` to a copy of the trained index; row numbers start at 0 in every part."""
-    index = read_index(trained)
-    for start in range(0, len(rows), ADD_BATCH):
-        index.add(rows[start : start + ADD_BATCH].astype(np.float32))
-    faiss.write_index(index, str(out))
-
-
-def merge(parts: Sequence[Path], out: Path) -> int:
-    """Join parts of one trained index, in order, into the index that one piece would have given; return its rows.
-
-    Raises:
-        IntegrityError: parts that were trained apart.
-    """
-    merged = read_index(parts[0])
-    for part in parts[1:]:
-        other = read_index(part)
-        try:
-            merged.check_compatible_for_merge(other)
-        except RuntimeError as error:
-            raise IntegrityError(f"{part}: not built from the trained index of {parts[0]}: {error}") from None
-        merged.merge_from(other, merged.ntotal)
-    faiss.write_index(merged, str(out))
-    return int(merged.ntotal)
-
-
-def write_row_store(blocks: Iterator[np.ndarray], dim: int, out: Path) -> int:
-    """Write row-store vectors, given as float16[n, D] blocks, as one file that can be mapped; return how many."""
-    store = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    for block in blocks:
-        store.add_sa_codes(np.ascontiguousarray(block).view(np.uint8))
-    faiss.write_index(store, str(out))
-    return int(store.ntotal)
-
-
-def read_rows(directory: Path, start: int, stop: int) -> np.ndarray:
-    """Rows `start` to `stop` of a release's row store, float16[n, D], in memory."""
-    store = read_index(directory / VECTORS_FILE, mapped=True)
-    return _codes(store)[start:stop].copy()
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let FAISS use `count` threads inside the block (Ray allots one to a one-CPU task)."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def read_index(path: Path, mapped: bool = False) -> Any:
@@ -115,26 +78,195 @@ def read_index(path: Path, mapped: bool = False) -> Any:
             faiss.set_deserialization_vector_byte_limit(before)
 
 
-def _codes(store: Any) -> np.ndarray:
-    """The row store's vectors, float16[N, D], without a copy: valid as long as `store` lives."""
-    codes: np.ndarray = faiss.rev_swig_ptr(store.codes.data(), store.codes.size())
-    return codes.view(np.float16).reshape(store.ntotal, store.d)
+# --- the row store ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let FAISS use `count` threads inside the block (Ray allots one to a one-CPU task)."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+def write_row_store(blocks: Iterator[np.ndarray], dim: int, count: int, out: Path) -> None:
+    """Write `count` row-store vectors, given as float16[n, D] blocks, as one file that can be mapped.
+
+    The file is what FAISS would write, in memory that does not grow with `count`: the head of an empty store with its
+    two counts filled in, then the vectors as they are.
+    """
+    store = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    head = bytearray(faiss.serialize_index(store).tobytes())
+    head[8:16] = np.int64(count).tobytes()
+    head[-8:] = np.uint64(count * dim * 2).tobytes()
+    written = 0
+    with out.open("wb") as file:
+        file.write(head)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype=np.float16).data)
+            written += len(block)
+    if written != count:
+        raise IntegrityError(f"{out}: {written} vectors written, expected {count}")
+
+
+class RowStore:
+    """The vectors of one segment, mapped. `rows` is float16[N, D] without a copy."""
+
+    def __init__(self, path: Path) -> None:
+        self._store = read_index(path, mapped=True)
+        self.num_rows, self.dim = int(self._store.ntotal), int(self._store.d)
+        shape = (self.num_rows, self.dim)
+        if self.num_rows:  # a mapping of its own, which may outlive this object
+            offset = os.path.getsize(path) - self.num_rows * self.dim * 2
+            self.rows = np.asarray(np.memmap(path, np.float16, "r", offset, shape))
+        else:
+            self.rows = np.zeros(shape, np.float16)
+        self._codes = self.rows.view(np.uint8)
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Some rows as float32[n, D]."""
+        vectors: np.ndarray = self._store.sa_decode(self._codes[rows])
+        return vectors
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of all rows, exactly: scores float32[Q, k], rows int64[Q, k] (-1 padded)."""
+        found: tuple[np.ndarray, np.ndarray] = self._store.search(queries, k)
+        return found
+
+    def search_rows(self, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of these rows, exactly. Their vectors are gathered, so the cost is that of the rows alone."""
+        few = faiss.IndexScalarQuantizer(self.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        few.codes.resize(len(rows) * 2 * self.dim)
+        gathered: np.ndarray = faiss.rev_swig_ptr(few.codes.data(), few.codes.size())
+        np.take(self._codes, rows, axis=0, out=gathered.reshape(len(rows), -1), mode="clip")
+        few.ntotal = len(rows)
+        scores, places = few.search(queries, k)
+        return scores, np.where(places < 0, -1, rows[places])
+
+
+# --- training and encoding --------------------------------------------------------------------------------------------
+
+
+def train(spec: IndexSpec, sample: np.ndarray, out: Path, seed: int = 0) -> None:
+    """Train an empty inverted file on row-store vectors `float16[N, D]`; write it and what lists look like into `out`.
+
+    k-means is spherical, on a GPU where faiss has one. `shape.npy` is float32[2, nlist]: the mean and the variance of
+    the similarity between a list's centroid and its rows, which tells how promising a list is that was not looked at.
+    """
+    vectors = sample.astype(np.float32)
+    dim = vectors.shape[1]
+    gpu = faiss.get_num_gpus() > 0
+    kmeans = faiss.Kmeans(
+        dim,
+        spec.nlist,
+        niter=TRAIN_ROUNDS,
+        spherical=True,
+        seed=seed + 1234,
+        gpu=gpu,
+        min_points_per_centroid=1,
+        max_points_per_centroid=TRAIN_ROWS_PER_LIST,
+    )
+    kmeans.train(vectors)
+    quantizer = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    quantizer.add_sa_codes(np.ascontiguousarray(kmeans.centroids, dtype=np.float16).view(np.uint8))
+    index = faiss.index_factory(dim, spec.factory, faiss.METRIC_INNER_PRODUCT)
+    index.quantizer, index.own_fields = quantizer, False
+    index.train(vectors)
+    faiss.write_index(index, str(out / TRAINED_FILE))
+    similar, lists = _flat_centroids(quantizer).search(vectors, 1)
+    np.save(out / SHAPE_FILE, _list_shape(similar[:, 0], lists[:, 0], spec.nlist))
+
+
+def _list_shape(similar: np.ndarray, lists: np.ndarray, nlist: int) -> np.ndarray:
+    """Mean and variance by list, drawn towards those of all lists where a list has few rows."""
+    count = np.bincount(lists, minlength=nlist)
+    overall, weight = similar.mean(), 5
+    mean = (np.bincount(lists, similar, nlist) + weight * overall) / (count + weight)
+    spread = (similar - mean[lists]) ** 2
+    variance = (np.bincount(lists, spread, nlist) + weight * spread.mean()) / (count + weight)
+    return np.stack([mean, variance]).astype(np.float32)
+
+
+def _flat_centroids(quantizer: Any) -> Any:
+    """The centroids as an uncompressed index, which assigns large batches several times faster."""
+    flat = faiss.IndexFlatIP(quantizer.d)
+    flat.add(quantizer.reconstruct_n(0, quantizer.ntotal))
+    return faiss.index_cpu_to_all_gpus(flat) if faiss.get_num_gpus() > 0 else flat
+
+
+def assign(trained: Path, rows: np.ndarray) -> np.ndarray:
+    """The list of each row-store vector: uint16 or uint32 [N]."""
+    index = read_index(trained)
+    centroids = _flat_centroids(faiss.downcast_index(index.quantizer))
+    lists = np.empty(len(rows), np.uint16 if index.nlist <= 2**16 else np.uint32)
+    for start in range(0, len(rows), ADD_BATCH):
+        block = rows[start : start + ADD_BATCH].astype(np.float32)
+        lists[start : start + len(block)] = centroids.search(block, 1)[1][:, 0]
+    return lists
+
+
+def encode(trained: Path, rows: np.ndarray, lists: np.ndarray, out: Path) -> None:
+    """Write `lists.bin` and `layout.npy` for the rows of a segment whose lists are known.
+
+    List by list, so memory does not grow with the rows.
+
+    Args:
+        trained: the trained file.
+        rows: float16[N, D], mapped or not.
+        lists: int[N], from `assign`.
+        out: the directory.
+    """
+    index = read_index(trained)
+    one, centroid, _lists = _one_list(read_index(trained))
+    order = np.argsort(lists, kind="stable")
+    edges = np.searchsorted(lists, np.arange(index.nlist + 1), sorter=order)
+    layout = np.zeros((index.nlist, 3), np.uint64)  # rows, bytes of codes, offset
+    with (out / LISTS_FILE).open("wb") as file:
+        for number in range(index.nlist):
+            chosen = order[edges[number] : edges[number + 1]]
+            centroid.reset()
+            centroid.add(index.quantizer.reconstruct_n(number, 1))
+            one.reset()
+            for start in range(0, len(chosen), ADD_BATCH):
+                batch = chosen[start : start + ADD_BATCH]
+                one.add_with_ids(rows[batch].astype(np.float32), batch)
+            layout[number] = _write_list(file, one)
+    np.save(out / LAYOUT_FILE, layout)
+
+
+def _one_list(one: Any) -> tuple[Any, Any, Any]:
+    """The trained index with a single list, so that what is added can go to no other.
+
+    Its centroid and its lists come with it: FAISS keeps bare pointers to them.
+    """
+    inverted = faiss.downcast_InvertedLists(one.invlists)
+    centroid = faiss.IndexFlatIP(one.d)
+    one.quantizer, one.own_fields = centroid, False
+    one.nlist = 1
+    if isinstance(inverted, faiss.BlockInvertedLists):
+        lists = faiss.BlockInvertedLists(1, one.get_CodePacker())
+        lists.block_size = inverted.block_size
+    else:
+        lists = faiss.ArrayInvertedLists(1, one.code_size)
+    one.invlists, one.own_invlists = lists, False
+    return one, centroid, lists
+
+
+def _write_list(file: Any, one: Any) -> tuple[int, int, int]:
+    inverted = faiss.downcast_InvertedLists(one.invlists)
+    count, offset = int(inverted.list_size(0)), file.tell()
+    if count == 0:
+        return 0, 0, offset
+    if isinstance(inverted, faiss.BlockInvertedLists):
+        size = -(-count // inverted.n_per_block) * inverted.block_size
+    else:
+        size = count * int(one.code_size)
+    file.write(faiss.rev_swig_ptr(inverted.get_codes(0), size).data)
+    file.write(b"\0" * (-file.tell() % 8))
+    capacity = file.tell() - offset
+    file.write(faiss.rev_swig_ptr(inverted.get_ids(0), count).data)
+    file.write(b"\0" * (-file.tell() % ALIGN))
+    return count, capacity, offset
+
+
+# --- searching --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows that a search may return: `bits` is bool[N] packed little-endian, `count` how many are set."""
+    """The rows of a segment that may be returned: `bits` is bool[N] packed little-endian, `count` how many are set."""
 
     bits: np.ndarray
     count: int
@@ -149,69 +281,127 @@ class Selection:
         return np.unpackbits(self.bits, count=count, bitorder="little").view(bool)
 
 
-class Searcher:
-    """Row store plus index: row numbers for vectors. Safe to call from several threads.
+class Quantiser:
+    """The centroids that all segments of a release share.
 
     Args:
-        directory: where `vectors.faiss` and `index.faiss` lie, checked already.
-        spec: what they are.
+        directory: where `trained.faiss` and `shape.npy` lie, checked already.
     """
 
-    def __init__(self, directory: Path, spec: IndexSpec) -> None:
-        self.spec = spec
-        self._store = read_index(directory / VECTORS_FILE, mapped=True)
-        self._index: Any = read_index(directory / INDEX_FILE) if spec.kind == "ivf" else None
-        self.num_rows, self.dim = int(self._store.ntotal), int(self._store.d)
-        if self._index is not None and (self._index.ntotal, self._index.d) != (self.num_rows, self.dim):
-            raise IntegrityError(
-                f"{directory}: index of {self._index.ntotal} x {self._index.d} beside a row store of "
-                f"{self.num_rows} x {self.dim}: build the index again"
-            )
-        self.rows = _codes(self._store)
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / TRAINED_FILE
+        self.index = read_index(self.path)
+        self._coarse = faiss.downcast_index(self.index.quantizer)
+        self.nlist = int(self.index.nlist)
+        shape = directory / SHAPE_FILE
+        self.shape = np.load(shape) if shape.exists() else None
 
-    def search(
-        self, queries: np.ndarray, k: int, selection: Selection | None = None, spec: IndexSpec | None = None
+    def nearest(self, queries: np.ndarray, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """Similarities float32[Q, nprobe] and numbers int64[Q, nprobe] of the nearest lists."""
+        found: tuple[np.ndarray, np.ndarray] = self._coarse.search(queries, min(nprobe, self.nlist))
+        return found
+
+
+class Lists:
+    """The codes of one segment in inverted lists, mapped.
+
+    Args:
+        quantiser: the release's.
+        directory: the segment, its files checked.
+    """
+
+    def __init__(self, quantiser: Quantiser, directory: Path) -> None:
+        layout = np.ascontiguousarray(np.load(directory / LAYOUT_FILE), np.uint64)
+        path = directory / LISTS_FILE
+        self._check(layout, quantiser.nlist, path)
+        self.sizes = layout[:, 0].astype(np.int64)
+        self._inverted = faiss.OnDiskInvertedLists()
+        self._inverted.nlist, self._inverted.code_size = quantiser.nlist, 1  # so that a list's `capacity` is in bytes
+        self._inverted.filename, self._inverted.totsize = str(path), os.path.getsize(path)
+        self._inverted.read_only, self._inverted.prefetch_nthread = True, 0
+        self._inverted.lists.resize(quantiser.nlist)
+        ctypes.memmove(int(self._inverted.lists.data().this), layout.ctypes.data, layout.nbytes)
+        if os.path.getsize(path):
+            self._inverted.do_mmap()
+        self._index = read_index(quantiser.path)
+        self._index.own_invlists = False  # the empty ones are left to themselves
+        self._index.invlists = self._inverted
+        self._index.ntotal = int(self.sizes.sum())
+
+    @staticmethod
+    def _check(layout: np.ndarray, nlist: int, path: Path) -> None:
+        counts, sizes, offsets = (layout[:, i].astype(np.int64) for i in range(3))
+        ends = offsets + sizes + 8 * counts
+        if layout.shape != (nlist, 3) or (layout >= 2**62).any() or ends.max(initial=0) > os.path.getsize(path):
+            raise IntegrityError(f"{path}: the lists do not lie where {LAYOUT_FILE} says; build the index again")
+
+    def scan(
+        self, queries: np.ndarray, k: int, lists: np.ndarray, similar: np.ndarray, selection: Selection | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best rows of each query by inner product, best first.
+        """The k best rows by their codes in some lists.
 
         Args:
-            queries: float32[Q, D], unit length.
+            queries: float32[Q, D].
             k: how many.
-            selection: only these rows; None for all.
-            spec: search settings other than the index's own (for tuning).
+            lists: int64[Q, n], -1 for none.
+            similar: float32[Q, n], what `Quantiser.nearest` gave for them.
+            selection: only these rows.
 
         Returns:
-            scores float32[Q, k] and rows int64[Q, k]; where there are fewer, row -1 with score -inf.
+            approximate scores float32[Q, k] and rows int64[Q, k], -1 padded.
         """
-        spec = spec or self.spec
-        count = self.num_rows if selection is None else selection.count
-        shape = (len(queries), k)
-        if count == 0 or not len(queries):
-            return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
         selector = None if selection is None else faiss.IDSelectorBitmap(selection.bits)
-        if self._index is None or (selection is not None and count <= EXACT_MAX_MATCHES):
-            scores, rows = self._store.search(queries, k, params=faiss.SearchParameters(sel=selector))
-            return np.where(rows < 0, -np.inf, scores).astype(np.float32), rows
-        share = count / self.num_rows
-        factor = 1 / share if share < 0.1 else min(1 / share, MAX_PROBE_FACTOR)
-        nprobe = min(spec.nlist, math.ceil(spec.nprobe * factor))
-        scores, rows = self._probe(queries, k, selector, nprobe, spec.refine)
-        short = np.flatnonzero((rows < 0).sum(axis=1) > max(0, k - count))
-        if len(short) and nprobe < spec.nlist:  # the lists probed held too few matches: look everywhere
-            scores[short], rows[short] = self._probe(queries[short], k, selector, spec.nlist, spec.refine)
+        params = faiss.SearchParametersIVF(sel=selector, nprobe=lists.shape[1])
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        lists, similar = np.ascontiguousarray(lists, np.int64), np.ascontiguousarray(similar, np.float32)
+        pointers = [faiss.swig_ptr(array) for array in (lists, similar, scores, rows)]
+        self._index.search_preassigned_c(len(queries), faiss.swig_ptr(queries), int(k), *pointers, False, params)
         return scores, rows
 
-    def _probe(
-        self, queries: np.ndarray, k: int, selector: Any, nprobe: int, refine: int
+
+class OldQuantiser(Quantiser):
+    """The quantiser of a release that an older version wrote, inside its index."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.index = path, read_index(path)
+        self._coarse = faiss.downcast_index(self.index.quantizer)
+        self.nlist, self.shape = int(self.index.nlist), None
+
+
+class OldLists(Lists):
+    """The index of a release that an older version wrote, in memory."""
+
+    def __init__(self, quantiser: OldQuantiser) -> None:
+        self._index = quantiser.index
+        inverted = self._index.invlists
+        self.sizes = np.array([inverted.list_size(number) for number in range(quantiser.nlist)], np.int64)
+
+
+class Graph:
+    """One segment's HNSW graph, in memory.
+
+    Args:
+        path: `index.faiss`, checked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._index = read_index(path)
+
+    def search(
+        self, queries: np.ndarray, k: int, effort: int, selection: Selection | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        params = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
-        _, found = self._index.search(queries, min(k * refine, self.num_rows), params=params)
-        scores = np.einsum("qd,qnd->qn", queries, self.rows[found].astype(np.float32))
-        scores[found < 0] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
-        missing = k - rows.shape[1]
-        if missing > 0:
-            scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
-            rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
-        return scores, rows
+        """The k best rows: approximate scores float32[Q, k] and rows int64[Q, k]."""
+        selector = None if selection is None else faiss.IDSelectorBitmap(selection.bits)
+        params = faiss.SearchParametersHNSW(sel=selector, efSearch=max(effort, k))
+        found: tuple[np.ndarray, np.ndarray] = self._index.search(queries, k, params=params)
+        return found
+
+
+def build_graph(factory: str, rows: np.ndarray, out: Path) -> None:
+    """Build the graph of one segment from row-store vectors float16[N, D]."""
+    index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    sample = rows[:: max(1, len(rows) // 65_536)]
+    index.train(sample.astype(np.float32))
+    for start in range(0, len(rows), ADD_BATCH):
+        index.add(rows[start : start + ADD_BATCH].astype(np.float32))
+    faiss.write_index(index, str(out))

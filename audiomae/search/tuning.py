@@ -3,109 +3,331 @@
 Recall@k here counts a hit as right when it is at least as near as the k-th exact neighbour: clips with equal vectors
 (silence, copies of one file) may stand in for one another. A query is itself in the index and never counts as its own
 hit; queries come from the ids that training never sees (`audiomae.search.build.held_out`).
+
+Filtered search is measured too: filters that leave from half to one in ten thousand rows, drawn at random or along the
+sound (whole neighbourhoods of lists, as a label or a recording site would), each asked for by queries inside and
+outside of what it leaves. Exact answers are found block by block, each on whatever node has time.
 """
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from audiomae.search.index import Searcher, Selection
+from audiomae.search import index as ann
+from audiomae.search.searcher import Chosen, Searcher
+from audiomae.search.segments import IDS_FILE
 from audiomae.search.spec import IndexSpec
 
 K = 10
 TIE = 1e-4  # float16 rounding of two equal vectors' similarities
-BLOCK_ROWS = 65_536
+BLOCK_ROWS = 262_144
+STEP_ROWS = 32_768
 REFINE_STEPS = (1, 2, 4, 8, 16)
 PLATEAU = 5e-4  # recall gained by probing twice as many lists, below which the codes are what is missing
+SELECTIVITIES = (0.5, 0.1, 0.05, 0.02, 0.01, 0.001)
+FILTERED_MEAN, FILTERED_LOW = 0.95, 0.90
+CAUTIONS = (1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured: segments with their rows, the quantiser, settings to start from, how many queries."""
+
+    segments: tuple[str, ...]
+    rows: tuple[int, ...]
+    quantiser: str
+    spec: IndexSpec
+    count: int
+    filtered: int
+    seed: int
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The first row of every segment, and the number of all rows."""
+        return np.cumsum([0, *self.rows])
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A filter for measuring: a share of the rows, by a hash of their ids or by whole inverted lists."""
+
+    share: float
+    lists: np.ndarray | None = None
+
+    @property
+    def kind(self) -> str:
+        """How it is related to the sound."""
+        return "independent" if self.lists is None else "correlated"
+
+    def mask(self, ids: np.ndarray, assigned: np.ndarray | None) -> np.ndarray:
+        """Which rows it leaves, bool[N]."""
+        if self.lists is not None:
+            assert assigned is not None
+            return self.lists[assigned]
+        mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return (mixed >> np.uint64(40)).astype(np.float64) < self.share * 2**24
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Rows that are queries: `own` int64[Q], vectors float32[Q, D]; the first `filtered` ask with filters."""
+
+    own: np.ndarray
+    vectors: np.ndarray
+    filters: tuple[Filter, ...] = ()
+    filtered: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `start` to `stop` of a segment."""
+
+    segment: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class Recall:
-    """What was measured: recall@k of `queries` held-out queries at these settings."""
+    """What was measured: recall@k of `queries` held-out queries at these settings, and what filters leave of it."""
 
     value: float
     queries: int
     spec: IndexSpec
     k: int = K
+    filtered: list[dict[str, Any]] = field(default_factory=list)
+    tried: list[dict[str, Any]] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """For release.json."""
+        facts = {"k": self.k, "value": self.value, "queries": self.queries}
+        return facts | ({"filtered": self.filtered} if self.filtered else {}) | {"tried": self.tried}
 
 
-def exact_threshold(queries: np.ndarray, own: np.ndarray, rows: np.ndarray, live: np.ndarray, k: int) -> np.ndarray:
-    """The similarity of each query's k-th nearest row, by exhaustive comparison.
-
-    Args:
-        queries: float32[Q, D].
-        own: int64[Q], the row that each query is; it is passed over.
-        rows: float16[N, D].
-        live: bool[N], rows that can be found.
-        k: how many; fewer when there are not so many rows.
-
-    Returns:
-        float32[Q].
-    """
-    k = min(k, int(np.count_nonzero(live)) - 1)
-    best = np.full((len(queries), k), -np.inf, dtype=np.float32)
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = rows[start : start + BLOCK_ROWS].astype(np.float32)
-        scores = queries @ block.T
-        scores[:, ~live[start : start + BLOCK_ROWS]] = -np.inf
-        inside = np.flatnonzero((own >= start) & (own < start + len(block)))
-        scores[inside, own[inside] - start] = -np.inf
-        joined = np.concatenate([best, scores], axis=1)
-        best = np.partition(joined, joined.shape[1] - k, axis=1)[:, -k:]
-    return best.min(axis=1)
+def blocks(task: Task) -> list[Block]:
+    """All rows, in blocks that are compared at the same time."""
+    return [
+        Block(number, start, min(start + BLOCK_ROWS, rows))
+        for number, rows in enumerate(task.rows)
+        for start in range(0, rows, BLOCK_ROWS)
+    ]
 
 
-def measure(
-    searcher: Searcher, own: np.ndarray, threshold: np.ndarray, live: np.ndarray, spec: IndexSpec, k: int = K
-) -> float:
-    """Recall@k of the rows `own` as queries, against `threshold` from `exact_threshold`."""
-    queries = searcher.rows[own].astype(np.float32)
-    k = min(k, int(np.count_nonzero(live)) - 1)
-    selection = None if live.all() else Selection.of(live)
-    _, found = searcher.search(queries, k + 1, selection, spec)
-    scores = np.einsum("qd,qnd->qn", queries, searcher.rows[found].astype(np.float32))
-    right = (found >= 0) & (found != own[:, None]) & (scores >= threshold[:, None] - TIE)
-    return float(np.minimum(right.sum(axis=1), k).mean() / k)
+def pick_queries(
+    task: Task, folders: Sequence[Path], deleted: np.ndarray, held_out: Callable[[np.ndarray], np.ndarray]
+) -> Queries:
+    """Rows to query with: held-out ones, or any when there are too few of them for a steady figure."""
+    ids = np.concatenate([np.load(folder / IDS_FILE, mmap_mode="r") for folder in folders])
+    live = np.ones(len(ids), bool)
+    live[deleted] = False
+    own = choose_queries(live, held_out(ids), task.count, task.seed)
+    vectors = []
+    for folder, start, stop in zip(folders, task.starts[:-1], task.starts[1:], strict=True):
+        mine = own[(own >= start) & (own < stop)] - start
+        vectors.append(ann.RowStore(folder / ann.VECTORS_FILE).vectors(mine))
+    filters = _filters(task, folders, live) if task.spec.kind == "ivf" and task.filtered else ()
+    order = np.random.default_rng(task.seed).permutation(len(own))  # so that the first ones are from everywhere
+    return Queries(own[order], np.concatenate(vectors)[order], filters, min(task.filtered, len(own)))
 
 
-def tune(searcher: Searcher, live: np.ndarray, own: np.ndarray, target: float, k: int = K) -> Recall:
-    """The first settings that reach `target`, or the best there are.
-
-    The number of probed lists is doubled until the target is met; when that no longer helps, twice as many candidates
-    are rescored and it starts over.
-
-    Args:
-        searcher: the index, its files checked.
-        live: bool[N], rows that can be found.
-        own: int64[Q], rows to use as queries.
-        target: recall@k wanted.
-    """
-    spec = searcher.spec
-    if np.count_nonzero(live) < 2:
-        return Recall(1.0, 0, spec, k)
-    threshold = exact_threshold(searcher.rows[own].astype(np.float32), own, searcher.rows, live, k)
-    if spec.kind == "flat":
-        return Recall(measure(searcher, own, threshold, live, spec, k), len(own), spec, k)
-    best = Recall(0.0, len(own), spec, k)
-    for refine in [step for step in REFINE_STEPS if step >= spec.refine]:
-        nprobe, before = 1, 0.0
-        while nprobe <= spec.nlist:
-            trial = spec.model_copy(update={"nprobe": nprobe, "refine": refine})
-            value = measure(searcher, own, threshold, live, trial, k)
-            if value > best.value:
-                best = Recall(value, len(own), trial, k)
-            if value >= target:
-                return best
-            if nprobe >= 16 and value - before < PLATEAU:
-                break
-            nprobe, before = nprobe * 2, value
-    return best
-
-
-def choose_queries(ids: np.ndarray, live: np.ndarray, held_out: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Rows to query with, int64[Q]: held-out ones, or any when there are too few of them for a steady figure."""
+def choose_queries(live: np.ndarray, held_out: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Rows to query with, int64[Q], ascending."""
     candidates = np.flatnonzero(live & held_out)
     if len(candidates) < min(count, 50):
         candidates = np.flatnonzero(live)
     rng = np.random.default_rng(seed)
     return np.sort(rng.choice(candidates, size=min(count, len(candidates)), replace=False))
+
+
+def _filters(task: Task, folders: Sequence[Path], live: np.ndarray) -> tuple[Filter, ...]:
+    """Of every share one at random and one of neighbouring lists."""
+    counts = np.zeros(task.spec.nlist, np.int64)
+    for folder in folders:
+        counts += np.bincount(np.load(folder / ann.ASSIGN_FILE, mmap_mode="r"), minlength=task.spec.nlist)
+    rng = np.random.default_rng(task.seed)
+    found = []
+    for share in SELECTIVITIES:
+        if share * len(live) < 2 * K:
+            continue
+        found.append(Filter(share))
+        order = rng.permutation(task.spec.nlist)
+        last = int(np.searchsorted(np.cumsum(counts[order]), share * len(live))) + 1
+        chosen = np.zeros(task.spec.nlist, bool)
+        chosen[order[:last]] = True
+        found.append(Filter(share, chosen))
+    return tuple(found)
+
+
+def exact_block(task: Task, folder: Path, deleted: np.ndarray, queries: Queries, block: Block) -> list[np.ndarray]:
+    """The K best scores of every query among the rows of a block: float32[Q, K], then [filtered, K] a filter."""
+    start = int(task.starts[block.segment])
+    rows = ann.RowStore(folder / ann.VECTORS_FILE).rows
+    ids = np.load(folder / IDS_FILE, mmap_mode="r")
+    assigned = np.load(folder / ann.ASSIGN_FILE, mmap_mode="r") if task.spec.kind == "ivf" else None
+    shapes = [len(queries.own), *([queries.filtered] * len(queries.filters))]
+    best = [np.full((count, K), -np.inf, np.float32) for count in shapes]
+    for low in range(block.start, block.stop, STEP_ROWS):
+        high = min(low + STEP_ROWS, block.stop)
+        scores = queries.vectors @ rows[low:high].astype(np.float32).T
+        dead = deleted[(deleted >= start + low) & (deleted < start + high)] - start - low
+        scores[:, dead] = -np.inf
+        inside = np.flatnonzero((queries.own >= start + low) & (queries.own < start + high))
+        scores[inside, queries.own[inside] - start - low] = -np.inf
+        best[0] = _best(best[0], scores)
+        for number, filter in enumerate(queries.filters, start=1):
+            mask = filter.mask(ids[low:high], None if assigned is None else assigned[low:high])
+            best[number] = _best(best[number], scores[: queries.filtered, mask])
+    return best
+
+
+def _best(before: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    joined = np.concatenate([before, scores], axis=1)
+    return np.partition(joined, joined.shape[1] - K, axis=1)[:, -K:]
+
+
+def join(found: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """The K best scores of all blocks, descending."""
+    return [-np.sort(-np.concatenate(parts, axis=1), axis=1)[:, :K] for parts in zip(*found, strict=True)]
+
+
+def tune(
+    task: Task,
+    folders: Sequence[Path],
+    trained: Path | None,
+    deleted: np.ndarray,
+    queries: Queries,
+    answers: Sequence[np.ndarray],
+    target: float,
+    check_only: bool,
+) -> Recall:
+    """The first settings that reach `target`, or the best there are; then how cautious filters have to be.
+
+    The number of probed lists is doubled until the target is met; when that no longer helps, twice as many candidates
+    are rescored and it starts over.
+    """
+    searcher = Searcher.open(folders, trained, task.spec)
+    probe = _Probe(searcher, deleted, queries, answers)
+    found = _tune_unfiltered(probe, task.spec, target, check_only)
+    if check_only or task.spec.kind != "ivf" or not queries.filters:
+        return found
+    return _tune_filtered(probe, found)
+
+
+def _tune_unfiltered(probe: "_Probe", spec: IndexSpec, target: float, check_only: bool) -> Recall:
+    count = len(probe.queries.own)
+    if probe.k < 1:
+        return Recall(1.0, 0, spec)
+    if check_only or spec.kind == "flat":
+        return Recall(probe.recall(spec), count, spec)
+    best, tried = Recall(0.0, count, spec), []
+    for trial, value in _trials(probe, spec, target):
+        tried.append({"nprobe": trial.nprobe, "refine": trial.refine, "effort": trial.effort, "recall": value})
+        if value > best.value:
+            best = Recall(value, count, trial, tried=tried)
+        if value >= target:
+            break
+    return best
+
+
+def _trials(probe: "_Probe", spec: IndexSpec, target: float) -> Any:
+    if spec.kind == "hnsw":
+        for refine in [step for step in REFINE_STEPS if step >= spec.refine]:
+            before = 0.0
+            for effort in (16, 32, 64, 128, 256, 512, 1024):
+                trial = spec.model_copy(update={"effort": effort, "refine": refine})
+                yield trial, (value := probe.recall(trial))
+                if effort >= 64 and value - before < PLATEAU:
+                    break
+                before = value
+        return
+    for refine in [step for step in REFINE_STEPS if step >= spec.refine]:
+        nprobe, before = 1, 0.0
+        while nprobe <= spec.nlist:
+            trial = spec.model_copy(update={"nprobe": nprobe, "refine": refine})
+            yield trial, (value := probe.recall(trial))
+            if nprobe >= 16 and value - before < PLATEAU:
+                break
+            nprobe, before = nprobe * 2, value
+
+
+def _tune_filtered(probe: "_Probe", found: Recall) -> Recall:
+    rows: list[dict[str, Any]] = []
+    for caution in CAUTIONS:
+        spec = found.spec.model_copy(update={"caution": caution})
+        rows = [row for number in range(len(probe.queries.filters)) for row in probe.filtered(number, spec)]
+        if all(row["mean"] >= FILTERED_MEAN and row["p5"] >= FILTERED_LOW for row in rows):
+            break
+    return Recall(found.value, found.queries, spec, found.k, rows, found.tried)
+
+
+class _Probe:
+    """Queries with their exact answers, put to a searcher."""
+
+    def __init__(
+        self, searcher: Searcher, deleted: np.ndarray, queries: Queries, answers: Sequence[np.ndarray]
+    ) -> None:
+        self.searcher, self.queries, self.answers = searcher, queries, answers
+        self.live = np.ones(searcher.num_rows, bool)
+        self.live[deleted] = False
+        self.chosen = searcher.choose(self.live, filtered=False) if len(deleted) else None
+        self.k = min(K, int(np.count_nonzero(self.live)) - 1)
+
+    def recall(self, spec: IndexSpec) -> float:
+        """Of all queries without a filter."""
+        return float(self._right(self.queries.vectors, self.queries.own, self.answers[0], self.chosen, spec).mean())
+
+    def filtered(self, number: int, spec: IndexSpec) -> list[dict[str, Any]]:
+        """Of one filter, for queries inside and outside of it: recall mean, 5th percentile, median milliseconds."""
+        filter, count = self.queries.filters[number], self.queries.filtered
+        mask = np.concatenate(
+            [
+                filter.mask(
+                    np.load(part.directory / IDS_FILE, mmap_mode="r"),
+                    part.assigned if filter.lists is not None else None,
+                )
+                for part in self.searcher.segments
+            ]
+        )
+        chosen = self.searcher.choose(mask & self.live)
+        inside = mask[self.queries.own[:count]]
+        found = []
+        for where, mine in (("inside", np.flatnonzero(inside)), ("outside", np.flatnonzero(~inside))):
+            if len(mine) == 0:
+                continue
+            right, times = [], []
+            for query in mine:
+                one = slice(query, query + 1)
+                started = time.perf_counter()
+                right.append(
+                    self._right(
+                        self.queries.vectors[one], self.queries.own[one], self.answers[number + 1][one], chosen, spec
+                    )[0]
+                )
+                times.append(time.perf_counter() - started)
+            found.append(
+                {
+                    "share": filter.share, "kind": filter.kind, "queries": where, "count": len(mine),
+                    "mean": float(np.mean(right)), "p5": float(np.percentile(right, 5)),
+                    "p50_ms": round(float(np.median(times)) * 1e3, 3),
+                }
+            )  # fmt: skip
+        return found
+
+    def _right(
+        self,
+        vectors: np.ndarray,
+        own: np.ndarray,
+        answers: np.ndarray,
+        chosen: list[Chosen] | None,
+        spec: IndexSpec,
+    ) -> np.ndarray:
+        """The share of each query's exact neighbours that is found, float[Q]."""
+        available = np.count_nonzero(np.isfinite(answers), axis=1)
+        last = np.take_along_axis(answers, np.maximum(available - 1, 0)[:, None], axis=1)
+        scores, rows = self.searcher.search(vectors, K + 1, chosen, spec)
+        right = (rows >= 0) & (rows != own[:, None]) & (scores >= last - TIE)
+        return np.minimum(right.sum(axis=1), available) / np.maximum(available, 1)

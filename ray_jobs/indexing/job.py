@@ -1,5 +1,6 @@
-"""The work of `ray_jobs/build_index.py`: rows and parts as Ray tasks, one index of them, measured and published."""
+"""The work of `ray_jobs/build_index.py`: the steps of a build as Ray tasks, and what is said about it."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,22 +10,21 @@ from typing import Any
 import numpy as np
 
 from audiomae import storage
-from audiomae.artifacts import releases as release
+from audiomae.artifacts import releases
 from audiomae.artifacts.embeddings import EmbeddingSet
 from audiomae.artifacts.releases import Release
 from audiomae.cli import Progress
-from audiomae.errors import IntegrityError, UserError
-from audiomae.search import build
-from audiomae.search import index as ann
-from audiomae.search import tuning as recall
-from audiomae.search.build_plan import Plan, make_plan
-from audiomae.search.items import Items
-from audiomae.search.layout import write_map
-from audiomae.search.spec import BuildOptions
-from ray_jobs._cluster import Request, notice_of_waiting
+from audiomae.errors import AudioMAEError, IntegrityError, UserError
+from audiomae.search.build import run_build
+from audiomae.search.build_plan import Part, Request, make_plan
+from ray_jobs._cluster import Request as Resources
+from ray_jobs._cluster import notice_of_waiting
 from ray_jobs._ray import connect, in_cluster
 from ray_jobs._shared_disk import check_shared_disk
 from ray_jobs.configs import BuildConfig
+
+MAX_ID = 2**63 - 1
+TASK_RETRIES = 3
 
 
 def run(config: BuildConfig) -> Release:
@@ -33,39 +33,76 @@ def run(config: BuildConfig) -> Release:
     if in_cluster():
         connect()
         check_shared_disk({"--embeddings": next(iter(config.embeddings), None)}, {"--out": config.out})
-    base = release.resolve_or_none(config.out)
+    base = releases.resolve_or_none(config.out)
     sets = [_open_set(uri) for uri in config.embeddings]
     fingerprint, dim = _check_same_encoder(sets, base)
-    work = make_plan(sets, base, _read_delete_ids(config.delete_ids), config)
+    request = Request(
+        read_ids(config.delete_ids, "--delete-ids"), read_ids(config.undelete, "--undelete"), tuple(config.remove)
+    )
+    work = make_plan(sets, base, request, config)
+    for note in work.notes if work else ():
+        print(note, file=sys.stderr)
     if work is None:
         assert base is not None
-        print(f"nothing to do: {base.version} at {config.out} already holds all {base.info['rows']:,} clips")
+        removed = releases.gc(config.out, config.keep_versions)
+        left = f" ({len(removed)} left-overs of other builds removed)" if removed else ""
+        print(f"nothing to do: {base.version} at {config.out} already holds all {base.info['rows']:,} clips{left}")
         return base
-    print(f"{work.reason}: {work.num_new:,} rows to index in {len(work.parts)} parts", file=sys.stderr)
-    parts_dir = str(storage.to_path(config.out) / "parts")
-    with release.staging(config.out) as staging:
-        _save_encoder(config.encoder, sets, base, fingerprint, staging / "encoder")
-        connect()
-        with notice_of_waiting(Request({"CPU": 1}), len(work.parts)):
-            trained = _make_parts(work, parts_dir, config)
-        build.assemble(work, parts_dir, trained, dim, staging)
-        live, found = _measure(work, staging, config)
-        draw_map(staging, live)
-        facts = {
-            "fingerprint": fingerprint,
-            "dim": dim,
-            "rows": int(np.count_nonzero(live)),
-            "rows_deleted": int(np.count_nonzero(~live)),
-            "corpora": work.corpora,
-            "spec": found.spec.model_dump(),
-            "recall": {"k": found.k, "value": found.value, "queries": found.queries, "asked": config.recall},
-            "parts": [{"key": part.key, "rows": part.num_rows} for part in work.parts],
-            "config": config.model_dump(include=set(BuildOptions.model_fields)),
-        }
-        published = release.publish(config.out, staging, facts, base)
-    build.tidy(parts_dir, work, config.keep_parts)
-    _print_summary(published, config.out, time.monotonic() - started)
+    print(
+        f"{work.reason}: {work.num_new:,} rows to index in {len(work.parts)} parts; segments: "
+        f"{len(work.made)} to write, {len(work.kept)} stay, {len(work.deleted):,} deleted rows in them",
+        file=sys.stderr,
+    )
+    facts = {"fingerprint": fingerprint, "dim": dim}
+
+    def save_encoder(target: Path) -> None:
+        _save_encoder(config.encoder, sets, base, fingerprint, target)
+
+    published = run_build(work, config.out, config, run_tasks, save_encoder, facts)
+    print_summary(published, config.out, time.monotonic() - started)
     return published
+
+
+def run_tasks(label: str, step: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Run a step of the build as Ray tasks on any node, each with one CPU; results in the order of the calls."""
+    if not calls:
+        return []
+    import ray
+
+    connect()
+    task = ray.remote(step).options(num_cpus=1, max_retries=TASK_RETRIES)
+    references = [task.remote(*call) for call in calls]
+    waiting, sizes = list(references), dict(zip(references, map(_size, calls), strict=True))
+    try:
+        unit = "rows" if isinstance(calls[0][0], Part) else "tasks"
+        with (
+            notice_of_waiting(Resources({"CPU": 1}), len(calls)),
+            Progress(label, sum(sizes.values()), unit) as progress,
+        ):
+            while waiting:
+                done, waiting = ray.wait(waiting)
+                _get(done[0])
+                progress.update(sizes[done[0]])
+        return [_get(reference) for reference in references]
+    except BaseException:
+        for reference in waiting:
+            ray.cancel(reference)
+        raise
+
+
+def _size(call: tuple[Any, ...]) -> int:
+    return call[0].num_rows if isinstance(call[0], Part) else 1
+
+
+def _get(reference: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (AudioMAEError, OSError)):
+            raise error.cause from None
+        raise
 
 
 def _open_set(uri: str) -> EmbeddingSet:
@@ -95,29 +132,36 @@ def _check_same_encoder(sets: Sequence[EmbeddingSet], base: Release | None) -> t
     return known[0][1], known[0][2]
 
 
-def _read_delete_ids(uri: str | None) -> np.ndarray:
+def read_ids(uri: str | None, flag: str) -> np.ndarray:
+    """The clip ids in a text file, one a line, `#` begins a comment: int64[N].
+
+    Raises:
+        UserError: no such file, or a line that is not an id, with its number.
+    """
     if uri is None:
         return np.zeros(0, dtype=np.int64)
     try:
         lines = storage.read_bytes(uri).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--delete-ids {uri}: {error}; expected a text file with one clip id a line") from None
+        raise UserError(f"{flag} {uri}: {error}; expected a text file with one clip id a line") from None
     ids = []
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
-        if text:
-            try:
-                ids.append(int(text))
-            except ValueError:
-                raise UserError(f"--delete-ids {uri}, line {number}: expected a clip id, got {text!r}") from None
-    return np.array(ids, dtype=np.int64)
+        if not text:
+            continue
+        if not text.isascii() or not text.lstrip("-").isdigit():
+            raise UserError(f"{flag} {uri}, line {number}: expected a clip id, got {text[:80]!r}")
+        if len(text) > 20 or not 0 <= int(text) <= MAX_ID:
+            raise UserError(f"{flag} {uri}, line {number}: {text[:80]} is no clip id: expected 0 to {MAX_ID}")
+        ids.append(int(text))
+    return np.unique(np.array(ids, dtype=np.int64))
 
 
 def _save_encoder(
     given: str | None, sets: Sequence[EmbeddingSet], base: Release | None, fingerprint: str, target: Path
 ) -> None:
-    if given is None and base is not None:
-        storage.copy_tree(base.path / "encoder", target)
+    if base is not None and (given is None or _recorded_fingerprint(given) == base.fingerprint):
+        _link_tree(base, target)
         return
     from audiomae.model.encoder import AudioEncoder
 
@@ -134,81 +178,40 @@ def _save_encoder(
     encoder.save(target)
 
 
-def _make_parts(work: Plan, parts_dir: str, config: BuildConfig) -> str | None:
-    """Read and index all parts as Ray tasks; return where the trained index lies (None: none is needed)."""
-    _run_tasks("rows", build.write_rows, [(part, parts_dir) for part in work.parts])
-    if work.spec.kind == "flat":
-        return None
-    if work.base:
-        trained = str(work.base.path / ann.TRAINED_FILE)
-    else:
-        print(f"training {work.spec.factory}", file=sys.stderr)
-        trained = _run_train(work, parts_dir, config)
-    _run_tasks("index", build.index_part, [(part, parts_dir, trained) for part in work.parts])
-    return trained
-
-
-def _run_train(work: Plan, parts_dir: str, config: BuildConfig) -> str:
-    import ray
-
-    # one Ray CPU, so that it starts beside anything; k-means uses all cores of its machine for the moment it takes
-    return str(_get(ray.remote(build.train).remote(work.spec, work.parts, parts_dir, config.seed)))
-
-
-def _run_tasks(label: str, function: Callable[..., dict[str, Any]], calls: Sequence[tuple[Any, ...]]) -> None:
-    import ray
-
-    if not calls:
-        return
-    task = ray.remote(function).options(num_cpus=1)
-    waiting = [task.remote(*call) for call in calls]
-    with Progress(label, sum(call[0].num_rows for call in calls), "rows") as progress:
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            progress.update(_get(done[0])["rows"])
-
-
-def _get(reference: Any) -> Any:
-    import ray
-
+def _recorded_fingerprint(uri: str) -> str | None:
+    """What a saved encoder says of itself; the release's own copy is what is used then."""
     try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (UserError, IntegrityError)):
-            raise error.cause from None
-        raise
+        return str(storage.read_json(storage.to_path(uri) / "config.json")["fingerprint"])
+    except (OSError, IntegrityError, KeyError, TypeError):
+        return None
 
 
-def _measure(work: Plan, staging: Path, config: BuildConfig) -> tuple[np.ndarray, recall.Recall]:
-    """Which rows are found, bool[N], and the tuned search settings with the recall they reach."""
-    ids = np.load(staging / ann.IDS_FILE)
-    live = np.ones(len(ids), dtype=bool)
-    live[work.deleted] = False
-    own = recall.choose_queries(ids, live, build.held_out(ids), config.queries, config.seed)
-    found = recall.tune(ann.Searcher(staging, work.spec), live, own, config.recall)
-    if found.value < config.recall:
-        raise UserError(
-            f"recall@{found.k} is {found.value:.4f} on {found.queries} held-out queries at best ({found.spec.factory}, "
-            f"nprobe {found.spec.nprobe}), --recall asks for {config.recall}; nothing was published: raise "
-            "--memory-gib, or lower --recall"
-        )
-    return live, found
+def _link_tree(base: Release, target: Path) -> None:
+    """The encoder of the release in force, checked; on one disk its files are linked rather than copied."""
+    releases.verify(base, lambda name: name.startswith("encoder/"))
+    for name, item in storage.walk_files(base.path / "encoder"):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(item.path, target / name)
+        except OSError:
+            storage.copy_file(item, target / name)
 
 
-def draw_map(staging: Path, live: np.ndarray) -> None:
-    """Place the sounds of a release in the making on its map; `live` bool[N] are the rows that can be found."""
-    items = Items(staging)
-    ids = np.load(staging / ann.IDS_FILE)
-    vectors = np.load(staging / ann.VECTORS_FILE, mmap_mode="r")
-    write_map(staging, ids, items.groups("uri"), vectors, live)
-
-
-def _print_summary(published: Release, out: str, seconds: float) -> None:
+def print_summary(published: Release, out: str, seconds: float) -> None:
+    """What was built, on stdout."""
     info = published.info
     spec, measured = info["spec"], info["recall"]
-    kind = spec["factory"] + f", nprobe {spec['nprobe']}" if spec["factory"] else "exhaustive scan"
-    print(
-        f"published {published.path}: {info['rows']:,} clips ({info['rows_deleted']:,} deleted), {kind}, "
-        f"recall@{measured['k']} {measured['value']:.4f} on {measured['queries']} queries, {seconds:.1f} s\n"
-        f"serve it:  serve run serve.app:build index={out}"
-    )
+    settings = {"ivf": f", nprobe {spec['nprobe']}, refine {spec['refine']}", "hnsw": f", effort {spec['effort']}"}
+    kind = spec["factory"] + settings[spec["kind"]] if spec["factory"] else "exhaustive scan"
+    lines = [
+        f"published {published.path}: {info['rows']:,} clips ({info['rows_deleted']:,} deleted) in "
+        f"{len(info['segments'])} segments, {kind}, recall@{measured['k']} {measured['value']:.4f} on "
+        f"{measured['queries']} queries, {seconds:.1f} s"
+    ]
+    if measured.get("filtered"):
+        worst = min(measured["filtered"], key=lambda row: row["mean"])
+        lines.append(
+            f"filtered: recall {worst['mean']:.3f} at worst ({worst['kind']} filter that leaves {worst['share']:.2%}, "
+            f"queries {worst['queries']})"
+        )
+    print("\n".join([*lines, f"serve it:  serve run serve.app:build index={out}"]))

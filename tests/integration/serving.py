@@ -18,8 +18,11 @@ from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.model.text import TextConfig
 from audiomae.search import index as faiss_index
+from audiomae.search.indexed import DELETED_FILE
 from audiomae.search.items import ItemsWriter
 from audiomae.search.layout import write_map
+from audiomae.search.segments import IDS_FILE
+from audiomae.search.spec import choose
 
 RATE = 16_000
 CLASSES = ("chirp", "clicks", "noise", "tone")
@@ -64,11 +67,11 @@ def publish_release(
     files = sorted(corpus.glob("*/*.wav"))
     uris = [str(file.relative_to(corpus)) for file in files]
     rows = faiss_index.to_rows(encoder.embed([str(file) for file in files]))
-    spec = faiss_index.choose(len(rows), encoder.dim)
-    faiss_index.write_row_store(iter([rows]), encoder.dim, staging / faiss_index.VECTORS_FILE)
+    spec = choose(len(rows), encoder.dim)
+    faiss_index.write_row_store(iter([rows]), encoder.dim, len(rows), staging / faiss_index.VECTORS_FILE)
     ids = np.array([clip_id(uri, 0.0, WINDOW_S) for uri in uris])
-    np.save(staging / faiss_index.IDS_FILE, ids)
-    np.save(staging / faiss_index.DELETED_FILE, np.empty(0, np.int64))
+    np.save(staging / IDS_FILE, ids)
+    np.save(staging / DELETED_FILE, np.empty(0, np.int64))
     table = pa.table(
         {
             "id": ids,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from audiomae import storage
+from audiomae.artifacts import receipts, release_files
 from audiomae.artifacts import releases as release
 from audiomae.artifacts.receipts import Receipt
 from audiomae.artifacts.releases import Release
@@ -186,16 +187,21 @@ def test_gc_keeps_what_is_in_force_and_what_is_being_built(index_dir: str, tmp_p
     made = publish(index_dir, tmp_path)
     for _ in range(3):
         made = publish(index_dir, tmp_path, made)
-    claim = {"by": "someone", "time": time.time()}
-    storage.write_json(root / "v000008" / "CLAIM", claim)
-    storage.write_json(root / "v000009" / "CLAIM", claim | {"time": 0.0})
-    assert release.gc(index_dir, keep=2) == ["v000001", "v000002", "v000009"]
+    # left by builds that started from the version in force, and from an earlier one
+    storage.write_json(root / "v000008" / "CLAIM", {"by": "someone", "base": 4})
+    storage.write_json(root / "v000009" / "CLAIM", {"by": "someone", "base": 3})
+    for name in ("segments/000004-aa", "segments/000003-bb", "parts/000002-cc", "quantisers/000001-dd"):
+        storage.write_bytes(root / name / "ids.npy", b"rows")
+    removed = release.gc(index_dir, keep=2)
+    assert removed[:3] == ["v000001", "v000002", "v000009"]
+    assert sorted(removed[3:]) == ["parts/000002-cc", "quantisers/000001-dd", "segments/000003-bb"]
+    assert (root / "segments" / "000004-aa" / "ids.npy").exists()
     assert release.gc(index_dir, keep=2) == []
     assert release.resolve(index_dir).version == "v000004"
     with pytest.raises(UserError, match="was removed"):
         release.resolve(index_dir, "v000001")
     release.rollback(index_dir)
-    assert release.gc(index_dir, keep=1) == ["v000004"]
+    assert sorted(release.gc(index_dir, keep=1)) == ["segments/000004-aa", "v000004", "v000008"]
 
 
 def test_a_copy_in_the_cache_is_fetched_once_and_again_when_damaged(
@@ -210,4 +216,64 @@ def test_a_copy_in_the_cache_is_fetched_once_and_again_when_damaged(
     file.write_text("bytez")
     assert release.fetch(made).path == first.path
     assert file.read_text() == "bytes"
-    assert [p.name for p in (tmp_path / "cache" / "releases").iterdir()] == [Path(str(first.path)).name]
+    assert [p.name for p in file.parent.parent.iterdir()] == ["v000001"]
+
+
+def test_copies_that_were_not_used_for_a_week_go(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUDIOMAE_CACHE", str(tmp_path / "cache"))
+    made = publish(f"{s3_bucket}/index", tmp_path)
+    old = Path(str(release.fetch(made).path))
+    newer = publish(f"{s3_bucket}/index", tmp_path, made, "more")
+    release.fetch(newer)
+    assert old.exists()
+    week = time.time() - 8 * 24 * 3600
+    os.utime(old / release_files.USED_FILE, (week, week))
+    release.fetch(newer)
+    assert not old.exists()
+
+
+def test_a_large_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUDIOMAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(release_files, "SMALL_BYTES", 4)
+    made = publish(tmp_path / "index", tmp_path)
+    read: list[str] = []
+    whole = receipts.verify_file
+    monkeypatch.setattr(
+        receipts, "verify_file", lambda root, name, *rest: (read.append(name), whole(root, name, *rest))
+    )
+    for version in ("latest", "v000001", "latest"):
+        release.verify(release.resolve(tmp_path / "index", version))
+    release.verify(release.resolve(made.path))
+    assert read.count("index.faiss") == 1
+    file = Path(str(made.path)) / "index.faiss"
+    before = file.stat()
+    file.write_bytes(b"bytez")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had happened
+    with pytest.raises(IntegrityError, match="damaged"):
+        release.verify(release.resolve(made.path))
+
+
+def test_a_piece_is_part_of_what_is_checked(tmp_path: Path) -> None:
+    index_dir, name = tmp_path / "index", "segments/000000-ab"
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "ids.npy").write_bytes(b"rows")
+    assert release.read_piece(index_dir, name) is None
+    release.create_piece(index_dir, name, work, {"rows": 4})
+    found = release.read_piece(index_dir, name)
+    assert found is not None and found[0].facts == {"rows": 4}
+    made = release.publish(index_dir, stage(tmp_path), {"fingerprint": "abc", "pieces": {name: found[1]}})
+    release.verify(made)
+    receipt = index_dir / name / "receipt.json"
+    for path, message in ((index_dir / name / "ids.npy", "damaged"), (receipt, "damaged|seal")):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + b"?")
+        with pytest.raises(IntegrityError, match=message):
+            release.verify(release.resolve(made.path))
+        path.unlink()
+        with pytest.raises(IntegrityError, match="missing"):
+            release.verify(made)
+        path.write_bytes(whole)
+    release.verify(made)

@@ -2,16 +2,22 @@
 
 from pathlib import Path
 
+import faiss
 import numpy as np
+import pyarrow as pa
 import pytest
 from embedding_sets import clusters, make_release, make_set
 
+from audiomae import storage
 from audiomae.artifacts import releases as release
 from audiomae.artifacts.embeddings import EmbeddingSet
 from audiomae.corpus.manifest import clip_id
 from audiomae.errors import UserError
+from audiomae.search import index as ann
 from audiomae.search.audio_index import AudioIndex
-from audiomae.search.build_plan import BuildOptions, Plan, make_plan
+from audiomae.search.build_plan import Plan, Request, make_plan
+from audiomae.search.items import ItemsWriter
+from audiomae.search.spec import BuildOptions
 
 DIM = 16
 NONE = np.zeros(0, dtype=np.int64)
@@ -26,7 +32,8 @@ def ids(uris: list[str]) -> np.ndarray:
 
 
 def plan(index: Path, sets: list[EmbeddingSet], delete: np.ndarray = NONE, **settings: object) -> Plan | None:
-    return make_plan(sets, release.resolve_or_none(index), delete, BuildOptions(**settings))  # type: ignore[arg-type]
+    options = BuildOptions(**{"recall": 0} | settings)  # type: ignore[arg-type]
+    return make_plan(sets, release.resolve_or_none(index), Request(delete), options)
 
 
 def indexed(index: Path) -> set[str]:
@@ -56,7 +63,7 @@ def test_a_known_shard_is_not_indexed_again_wherever_it_lies(tmp_path: Path) -> 
     assert plan(tmp_path / "index", [EmbeddingSet.open(tmp_path / "moved")]) is None
     second = make_set(tmp_path / "b", clusters(20, DIM, seed=1), names=names("b", 20))
     work = plan(tmp_path / "index", [EmbeddingSet.open(tmp_path / "moved"), second])
-    assert work is not None and work.base is not None and work.num_new == 20
+    assert work is not None and work.base is not None and work.num_new == 20 and len(work.kept) == 1
     assert len(work.corpora) == 2
 
 
@@ -112,30 +119,85 @@ def test_deleted_ids_stay_deleted_when_embedded_again(tmp_path: Path) -> None:
     assert indexed(tmp_path / "index") == set(names("x", 100)) - set(names("x", 3))
 
 
-def test_many_deletions_compact(tmp_path: Path) -> None:
+def test_many_deletions_write_a_segment_again(tmp_path: Path) -> None:
     first = make_set(tmp_path / "a", clusters(100, DIM), names=names("x", 100))
     make_release(tmp_path / "index", [first])
     work = plan(tmp_path / "index", [], ids(names("x", 9)))
-    assert work is not None and work.base is not None and len(work.deleted) == 9
+    assert work is not None and len(work.kept) == 1 and not work.made and len(work.deleted) == 9
     work = plan(tmp_path / "index", [], ids(names("x", 11)))
-    assert work is not None and work.base is None and work.num_new == 89
-    assert work.reason == "rebuilds v000001: 11% of its rows are deleted"
-    made = make_release(tmp_path / "index", [], delete=ids(names("x", 11)).tolist())
-    assert made is not None and (Path(str(made.path)) / "vectors.faiss").stat().st_size < 89 * DIM * 2 + 200
-    assert indexed(tmp_path / "index") == set(names("x", 100)) - set(names("x", 11))
-    assert plan(tmp_path / "index", [first]) is None
+    assert work is not None and not work.kept and [made.num_rows for made in work.made] == [89]
+    assert not len(work.deleted)
 
 
-def test_growth_and_less_memory_rebuild_with_another_index(tmp_path: Path) -> None:
+def test_ids_that_are_not_there_are_named(tmp_path: Path) -> None:
+    first = make_set(tmp_path / "a", clusters(100, DIM), names=names("x", 100))
+    make_release(tmp_path / "index", [first])
+    wanted = np.sort(np.concatenate([ids(names("x", 2)), np.arange(1, 8)]))
+    work = plan(tmp_path / "index", [], wanted)
+    assert work is not None
+    assert work.notes == (
+        "7 ids (1, 2, 3, 4, 5, ...) to delete not in the index (they stay deleted if embedded later)",
+    )
+    assert set(wanted) == set(work.blocked) and len(work.deleted) == 2
+    work = make_plan(
+        [], release.resolve(tmp_path / "index"), Request(ids(names("x", 1)), undelete=np.array([77])), BuildOptions()
+    )
+    assert work is not None and work.notes[0].startswith("1 id (77) to undelete: never deleted by request")
+
+
+def test_a_set_to_remove_must_be_indexed(tmp_path: Path) -> None:
+    make_release(tmp_path / "index", [make_set(tmp_path / "a", clusters(10, DIM))])
+    with pytest.raises(UserError, match=r"--remove .*/nowhere: not among the indexed embedding sets \(.*/a\)"):
+        make_plan([], release.resolve(tmp_path / "index"), Request(remove=(str(tmp_path / "nowhere"),)), BuildOptions())
+
+
+def test_growth_and_another_choice_rebuild(tmp_path: Path) -> None:
     make_release(tmp_path / "index", [make_set(tmp_path / "a", clusters(1000, DIM))], flat_max_rows=1500)
     more = make_set(tmp_path / "b", clusters(1000, DIM, seed=1), names=names("b", 1000))
     work = plan(tmp_path / "index", [more], flat_max_rows=1500)
-    assert work is not None and work.base is None and work.num_new == 2000
-    assert work.reason == "rebuilds v000001: IVF32,SQfp16 suits this size and memory, not a scan"
+    assert work is not None and work.trains and [made.num_rows for made in work.made] == [2000]
+    assert work.reason == "rebuilds v000001: IVF64,RaBitQfs suits this size and memory, not an exhaustive scan"
     made = make_release(tmp_path / "index", [more], flat_max_rows=1500)
-    assert made is not None and made.info["spec"]["factory"] == "IVF32,SQfp16"
-    work = plan(tmp_path / "index", [more], flat_max_rows=1500, memory_gib=5e-5)
-    assert work is not None and work.spec.factory == "IVF32,SQ8" and work.base is None
+    assert made is not None and made.info["spec"]["factory"] == "IVF64,RaBitQfs"
+    work = plan(tmp_path / "index", [more], flat_max_rows=1500, index="IVF32,SQ8")
+    assert work is not None and work.spec.factory == "IVF32,SQ8" and "was asked for" in work.reason
+    with pytest.raises(UserError, match="need at least"):
+        plan(tmp_path / "index", [more], flat_max_rows=1500, memory_gib=1e-6)
+
+
+def test_a_release_of_an_older_form_opens_and_is_rebuilt(tmp_path: Path) -> None:
+    vectors = clusters(300, DIM)
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    rows = ann.to_rows(vectors)
+    uris = names("x", 300)
+    ann.write_row_store(iter([rows]), DIM, len(rows), staging / ann.VECTORS_FILE)
+    np.save(staging / "ids.npy", ids(uris))
+    np.save(staging / "deleted.npy", np.array([3]))
+    np.save(staging / "blocked_ids.npy", ids(uris)[3:4])
+    index = faiss.index_factory(DIM, "IVF8,SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.train(rows.astype(np.float32))
+    index.add(rows.astype(np.float32))
+    faiss.write_index(index, str(staging / ann.INDEX_FILE))
+    table = pa.table({"id": ids(uris), "uri": uris, "take": list(range(300)), "corpus": np.zeros(300, np.int32)})
+    with ItemsWriter(staging, table.schema) as writer:
+        writer.write(table)
+    storage.write_json(staging / "encoder" / "config.json", {"fingerprint": "f" * 64})
+    spec = {"kind": "ivf", "factory": "IVF8,SQ8", "nlist": 8, "nprobe": 8, "refine": 2, "bytes_in_memory": 24}
+    corpora = [{"root": "/corpus", "embeddings": "/gone", "shards": []}]
+    info = {"spec": spec, "fingerprint": "f" * 64, "rows": 299, "dim": DIM, "corpora": corpora, "recall": {"value": 1}}
+    release.publish(tmp_path / "index", staging, info)
+    opened = AudioIndex.open(tmp_path / "index")
+    assert [items[0]["take"] for items in opened.search(vectors[:5], k=1).items][:3] == [0, 1, 2]
+    found = opened.search(vectors[50], k=5, filter={"take": {"gte": 40, "lt": 60}})
+    assert found.items[0][0]["take"] == 50 and all(40 <= item["take"] < 60 for item in found.items[0])
+    with pytest.raises(KeyError):
+        opened.item(int(ids(uris)[3]))
+    more = make_set(tmp_path / "b", clusters(50, DIM, seed=1), names=names("b", 50))
+    work = plan(tmp_path / "index", [more])
+    assert work is not None and work.reason == "rebuilds v000001: it is stored in the form of an older version"
+    make_release(tmp_path / "index", [more])
+    assert indexed(tmp_path / "index") == (set(uris) - {"x3.wav"}) | set(names("b", 50))
 
 
 def test_columns_of_all_sets_are_joined(tmp_path: Path) -> None:

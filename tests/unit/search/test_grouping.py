@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from embedding_sets import clusters, make_release, make_set
 
+from audiomae.corpus.manifest import clip_id
 from audiomae.errors import FilterError
 from audiomae.search.audio_index import AudioIndex
 
@@ -31,7 +32,7 @@ def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     make_release(folder / "index", [make_set(folder / "e", vectors, columns=columns)], **KINDS[request.param])
     opened = AudioIndex.open(folder / "index")
     searcher = opened._searcher  # every list is probed, so that what is compared is the grouping alone
-    searcher.spec = searcher.spec.model_copy(update={"nprobe": searcher.spec.nlist})
+    searcher.spec = searcher.spec.model_copy(update={"nprobe": searcher.spec.nlist, "refine": 64})
     return opened
 
 
@@ -49,7 +50,7 @@ def expected(scores: np.ndarray, k: int, allowed: np.ndarray) -> list[tuple[int,
 
 @pytest.mark.parametrize("k", [1, 3, 10, FILES, FILES + 5])
 def test_files_are_ranked_by_their_best_window(index: AudioIndex, vectors: np.ndarray, k: int) -> None:
-    stored = index._searcher.rows.astype(np.float32)
+    stored = index._searcher.vectors(np.arange(len(vectors)))
     for row in (0, 3, 6, 500, len(vectors) - 1):
         query = vectors[row] + 0.01
         hits = index.search(query, k=k, group_by="file")
@@ -66,7 +67,7 @@ def test_many_queries_at_once_and_a_filter(index: AudioIndex, vectors: np.ndarra
     where = {"row": {"gte": 100, "lt": 3000}}
     allowed = (np.arange(len(vectors)) >= 100) & (np.arange(len(vectors)) < 3000)
     hits = index.search(vectors[::500], k=8, filter=where, group_by="file")
-    stored = index._searcher.rows.astype(np.float32)
+    stored = index._searcher.vectors(np.arange(len(vectors)))
     for query, items in zip(vectors[::500], hits.items, strict=True):
         wanted = expected(stored @ query, 8, allowed)
         assert [int(item["file"][1:3]) for item in items] == [file for file, *_ in wanted]
@@ -93,15 +94,17 @@ def test_deleted_windows_do_not_stand_for_their_file(tmp_path: Path, vectors: np
 
 
 def test_equal_uris_of_two_corpora_are_two_files(tmp_path: Path, vectors: np.ndarray) -> None:
-    index_dir = tmp_path / "index"
-    make_release(index_dir, [make_set(tmp_path / "a", vectors[:50])])
-    index = AudioIndex.open(index_dir)
-    index.release.info["corpora"].append({"root": "/other"})
-    index.table.table = index.table.table.set_column(index.columns.index("uri"), "uri", [["same.wav"] * 50]).set_column(
-        index.columns.index("corpus"), "corpus", [np.repeat(np.array([0, 1], np.int32), 25)]
-    )
-    groups = index._groups("uri")
-    assert len(np.unique(groups)) == 2 and (groups[:25] == groups[0]).all()
+    uris = [f"{number}.wav" for number in range(50)]
+    one = make_set(tmp_path / "a", vectors[:50], names=uris, root="/one")
+    make_release(tmp_path / "index", [one])
+    # the same file names under another root, by windows of another length
+    ids = [clip_id(uri, 0.0, 2.0) for uri in uris]
+    two = make_set(tmp_path / "b", vectors[:50], names=uris, root="/two", ids=ids)
+    make_release(tmp_path / "index", [two])
+    index = AudioIndex.open(tmp_path / "index")
+    hits = index.search(vectors[0], k=100, group_by="uri")
+    assert (hits.ids >= 0).all() and len(index) == 100
+    assert (index.search(vectors[0], k=100, filter={"corpus": 1}, group_by="uri").ids >= 0).sum() == 50
 
 
 def test_columns_that_cannot_be_grouped_by(index: AudioIndex) -> None:

@@ -1,93 +1,137 @@
-"""Recall against the exact answer: a known index, ties, self-matches, and tuning until the target is met."""
+"""Recall against the exact answer: blocks joined, ties, self-matches, tuning until the target is met, and filters."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from embedding_sets import clusters
 
 from audiomae.search import index as ann
-from audiomae.search import tuning as recall
-from audiomae.search.index import Searcher
+from audiomae.search import searcher, segments, tuning
 from audiomae.search.spec import IndexSpec
+from audiomae.search.tuning import Queries, Task
 
 DIM, ROWS, K = 16, 4000, 10
 
 
+def write(folder: Path, rows: np.ndarray, trained: Path | None) -> Path:
+    """A segment as far as measuring looks at it."""
+    folder.mkdir()
+    ann.write_row_store(iter([rows]), DIM, len(rows), folder / ann.VECTORS_FILE)
+    segments.write_ids(np.random.default_rng(len(rows)).integers(0, 2**62, len(rows)), folder)
+    if trained:
+        lists = ann.assign(trained / ann.TRAINED_FILE, rows)
+        np.save(folder / ann.ASSIGN_FILE, lists)
+        ann.encode(trained / ann.TRAINED_FILE, rows, lists, folder)
+    return folder
+
+
+class Built:
+    """Rows in two segments, and a task to measure them."""
+
+    def __init__(self, folder: Path, rows: np.ndarray, spec: IndexSpec, count: int = 100, filtered: int = 0) -> None:
+        self.rows, self.trained = rows.astype(np.float32), None
+        if spec.kind == "ivf":
+            self.trained = folder / "trained"
+            self.trained.mkdir()
+            ann.train(spec, rows, self.trained)
+        cut = max(1, len(rows) * 3 // 4)
+        pieces = [piece for piece in (rows[:cut], rows[cut:]) if len(piece)]
+        self.folders = [write(folder / str(n), piece, self.trained) for n, piece in enumerate(pieces)]
+        self.task = Task(("0", "1")[: len(pieces)], tuple(map(len, pieces)), "", spec, count, filtered, 0)
+
+    def tune(self, target: float, deleted: np.ndarray) -> tuple[tuning.Recall, Queries, list[np.ndarray]]:
+        queries, answers = self.ask(deleted)
+        found = tuning.tune(self.task, self.folders, self.trained, deleted, queries, answers, target, False)
+        return found, queries, answers
+
+    def ask(self, deleted: np.ndarray) -> tuple[Queries, list[np.ndarray]]:
+        queries = tuning.pick_queries(self.task, self.folders, deleted, lambda ids: ids % 2 == 0)
+        blocks = tuning.blocks(self.task)
+        found = [
+            tuning.exact_block(self.task, self.folders[block.segment], deleted, queries, block) for block in blocks
+        ]
+        return queries, tuning.join(found)
+
+
+NONE = np.zeros(0, np.int64)
+HARD = IndexSpec(kind="ivf", factory="IVF64,SQ4", nlist=64, nprobe=1, refine=1)
+
+
 @pytest.fixture(scope="module")
-def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Four thousand little-clustered rows in 64 lists, coded coarsely: hard enough to miss neighbours."""
-    folder = tmp_path_factory.mktemp("searcher")
     rows = ann.to_rows(clusters(ROWS, DIM, centres=20, spread=1.0))
-    spec = IndexSpec(kind="ivf", factory="IVF64,SQ4", nlist=64, nprobe=1, refine=1)
-    ann.write_row_store(iter([rows]), DIM, folder / ann.VECTORS_FILE)
-    ann.train(spec, rows, folder / "trained")
-    ann.build_part(folder / "trained", rows, folder / ann.INDEX_FILE)
-    return Searcher(folder, spec)
+    return Built(tmp_path_factory.mktemp("built"), rows, HARD)
 
 
-def neighbours(rows: np.ndarray, own: np.ndarray, live: np.ndarray) -> list[set[int]]:
-    """The K exact nearest other rows of each row in `own`."""
-    scores = rows[own].astype(np.float32) @ rows.astype(np.float32).T
-    scores[:, ~live] = -np.inf
-    scores[np.arange(len(own)), own] = -np.inf
-    return [set(order[:K]) for order in np.argsort(-scores, axis=1)]
+def test_answers_of_blocks_are_the_exact_ones(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(built, "task", dataclasses.replace(built.task, filtered=8))
+    monkeypatch.setattr(tuning, "BLOCK_ROWS", 999)
+    monkeypatch.setattr(tuning, "STEP_ROWS", 400)
+    deleted = np.arange(0, ROWS, 5)
+    queries, answers = built.ask(deleted)
+    assert not set(queries.own) & set(deleted)
+    scores = built.rows[queries.own] @ built.rows.T
+    scores[:, deleted] = -np.inf
+    scores[np.arange(len(queries.own)), queries.own] = -np.inf
+    np.testing.assert_allclose(answers[0], -np.sort(-scores, axis=1)[:, :K], atol=1e-5)
+    ids = np.concatenate([np.load(folder / segments.IDS_FILE) for folder in built.folders])
+    lists = np.concatenate([np.load(folder / ann.ASSIGN_FILE) for folder in built.folders])
+    assert {filter.kind for filter in queries.filters} == {"independent", "correlated"}
+    for filter, answer in zip(queries.filters, answers[1:], strict=True):
+        mask = filter.mask(ids, lists)
+        assert mask.mean() == pytest.approx(filter.share, abs=max(0.03, filter.share / 4))
+        expected = -np.sort(-np.where(mask, scores[: queries.filtered], -np.inf), axis=1)[:, :K]
+        np.testing.assert_allclose(answer, expected, atol=1e-5)
 
 
-def test_measured_recall_is_the_share_of_exact_neighbours_found(
-    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recall, "BLOCK_ROWS", 999)
-    monkeypatch.setattr(ann, "EXACT_MAX_MATCHES", 0)  # so that the selection goes through the lists
-    live = np.ones(ROWS, bool)
-    live[::5] = False
-    own = np.flatnonzero(live)[::40]
-    threshold = recall.exact_threshold(searcher.rows[own].astype(np.float32), own, searcher.rows, live, K)
-    spec = searcher.spec.model_copy(update={"nprobe": 4, "refine": 2})
-    got = recall.measure(searcher, own, threshold, live, spec)
-
-    _, found = searcher.search(searcher.rows[own].astype(np.float32), K + 1, ann.Selection.of(live), spec)
-    exact = neighbours(searcher.rows, own, live)
-    expected = np.mean([len(set(row) & truth) / K for row, truth in zip(found, exact, strict=True)])
-    assert 0.3 < expected < 0.99
-    assert got == pytest.approx(expected, abs=0.01)
-
-
-def test_tuning_stops_at_the_first_settings_that_reach_the_target(searcher: Searcher) -> None:
-    live = np.ones(ROWS, bool)
-    own = np.arange(0, ROWS, 40)
-    modest = recall.tune(searcher, live, own, target=0.5)
-    high = recall.tune(searcher, live, own, target=0.99)
+def test_tuning_stops_at_the_first_settings_that_reach_the_target(built: Built) -> None:
+    modest, *_ = built.tune(0.5, NONE)
+    high, *_ = built.tune(0.99, NONE)
     assert modest.value >= 0.5 and high.value >= 0.99
     assert modest.spec.nprobe * modest.spec.refine < high.spec.nprobe * high.spec.refine
-    assert high.queries == len(own)
+    assert high.queries == 100
+    assert [trial["recall"] for trial in high.tried] and high.tried[-1]["recall"] == high.value
 
 
-def test_an_unreachable_target_gives_the_best_there_is(searcher: Searcher) -> None:
-    found = recall.tune(searcher, np.ones(ROWS, bool), np.arange(0, ROWS, 40), target=1.1)
+def test_an_unreachable_target_gives_the_best_there_is(built: Built) -> None:
+    found, *_ = built.tune(1.1, NONE)
     assert found.value > 0.99 and found.spec.refine > 1
 
 
-def test_copies_of_a_clip_stand_in_for_each_other(tmp_path: Path) -> None:
-    rows = ann.to_rows(np.repeat(clusters(40, DIM), 25, axis=0))
-    ann.write_row_store(iter([rows]), DIM, tmp_path / ann.VECTORS_FILE)
-    searcher = Searcher(tmp_path, IndexSpec(kind="flat"))
-    found = recall.tune(searcher, np.ones(1000, bool), np.arange(0, 1000, 7), target=0.95)
-    assert found.value == 1.0
+def test_filters_keep_their_promise(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(built, "task", dataclasses.replace(built.task, filtered=16))
+    monkeypatch.setattr(searcher, "EXACT_MAX_ROWS", 50)
+    monkeypatch.setattr(searcher, "EXACT_ROW_COST", 1e9)
+    found, queries, _ = built.tune(0.9, np.arange(0, ROWS, 50))
+    assert {(row["kind"], row["queries"]) for row in found.filtered} >= {
+        (kind, where) for kind in ("independent", "correlated") for where in ("inside", "outside")
+    }
+    assert all(row["mean"] >= 0.95 and row["p5"] >= 0.9 for row in found.filtered), found.filtered
+    assert len(found.filtered) > 2 * len(queries.filters) - 4
+
+
+@pytest.mark.parametrize("spec", [IndexSpec(kind="flat"), HARD], ids=["flat", "lists"])
+def test_copies_of_a_clip_stand_in_for_each_other(tmp_path: Path, spec: Any) -> None:
+    rows = ann.to_rows(np.repeat(clusters(80, DIM), 25, axis=0))
+    found, *_ = Built(tmp_path, rows, spec).tune(0.95, NONE)
+    assert found.value >= 0.95
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_fewer_rows_than_k(tmp_path: Path, rows: int) -> None:
-    ann.write_row_store(iter([ann.to_rows(clusters(rows, DIM))]), DIM, tmp_path / ann.VECTORS_FILE)
-    searcher = Searcher(tmp_path, IndexSpec(kind="flat"))
-    assert recall.tune(searcher, np.ones(rows, bool), np.arange(rows), target=0.95).value == 1.0
+    found, *_ = Built(tmp_path, ann.to_rows(clusters(rows, DIM)), IndexSpec(kind="flat")).tune(0.95, NONE)
+    assert found.value == 1.0
 
 
 def test_queries_are_held_out_ids_when_there_are_enough() -> None:
     ids = np.arange(10_000)
     live = ids % 3 != 0
     held_out = ids % 10 == 0
-    rows = recall.choose_queries(ids, live, held_out, 100, seed=0)
+    rows = tuning.choose_queries(live, held_out, 100, seed=0)
     assert len(rows) == 100 and held_out[rows].all() and live[rows].all() and (np.diff(rows) > 0).all()
-    few = recall.choose_queries(ids[:200], live[:200], held_out[:200], 100, seed=0)
+    few = tuning.choose_queries(live[:200], held_out[:200], 100, seed=0)
     assert len(few) == 100 and live[few].all()

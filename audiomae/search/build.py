@@ -138,19 +138,18 @@ def _build(
     save_encoder: Callable[[Path], None],
     facts: dict[str, Any],
 ) -> Release:
-    run("rows", write_rows, [(part, place) for part in work.parts])
-    quantiser = _quantiser(work, place, config, run)
-    if work.spec.kind == "ivf":
-        run("lists", assign_rows, _to_assign(work, place, quantiser))
-    run("segments", make_segment, [(plan, work.spec, place, quantiser, facts["dim"]) for plan in work.made])
-    names = [*work.kept, *(place.segment(plan, work.spec, quantiser) for plan in work.made)]
-    written = [_receipt_of(place, name).facts for name in names]
-    segments.unify([segments.read_schema(segment) for segment in written])
-    rows = [segment["rows"] for segment in written]
-    spec, measured = _measure(work, place, config, run, (names, rows, quantiser))
-    found = {name: _checksum_of(place, name) for name in [*names, *([quantiser] if quantiser else [])]}
     with releases.staging(place.index, work.base) as staging:
-        save_encoder(staging / "encoder")
+        save_encoder(staging / "encoder")  # first, as it is refused when it does not belong to the embeddings
+        run("rows", write_rows, [(part, place) for part in work.parts])
+        quantiser = _quantiser(work, place, config, run)
+        if work.spec.kind == "ivf":
+            run("lists", assign_rows, _to_assign(work, place, quantiser))
+        run("segments", make_segment, [(plan, work.spec, place, quantiser, facts["dim"]) for plan in work.made])
+        names = [*work.kept, *(place.segment(plan, work.spec, quantiser) for plan in work.made)]
+        written = [_receipt_of(place, name).facts for name in names]
+        segments.unify([segments.read_schema(segment) for segment in written])
+        rows = [segment["rows"] for segment in written]
+        spec, measured = _measure(work, place, config, run, (names, rows, quantiser))
         (staging / MAP_FILE).write_bytes(_map(work, place, run, (names, rows, quantiser)))
         np.save(staging / DELETED_FILE, work.deleted)
         np.save(staging / BLOCKED_FILE, work.blocked)
@@ -161,7 +160,7 @@ def _build(
             "spec": spec.model_dump(),
             "segments": [{"name": name, "rows": count} for name, count in zip(names, rows, strict=True)],
             "quantiser": quantiser or None,
-            "pieces": found,
+            "pieces": {name: _checksum_of(place, name) for name in [*names, *([quantiser] if quantiser else [])]},
             "recall": measured,
             "config": config.model_dump(include=set(BuildOptions.model_fields)),
         }

@@ -389,7 +389,7 @@ def _why_rebuild(old: Indexed, new: IndexSpec, config: BuildOptions) -> str:
     old_codec, new_codec = before.factory.partition(",")[2], new.factory.partition(",")[2]
     if (before.kind, old_codec) != (new.kind, new_codec) or (config.index and new.nlist != before.nlist):
         asked = "was asked for" if config.index else "suits this size and memory"
-        return f"{new.factory or 'an exhaustive scan'} {asked}, not {before.factory or 'a scan'}"
+        return f"{new.factory or 'an exhaustive scan'} {asked}, not {before.factory or 'an exhaustive scan'}"
     if new.nlist >= 4 * max(before.nlist, 1):
         return f"{new.nlist} lists suit this size, not {before.nlist}"
     return ""

@@ -37,6 +37,7 @@ EXACT_ROW_COST = 12  # gathering and comparing one row exactly, in scanned codes
 EXACT_MAX_ROWS = 20_000  # so many matches are compared exactly for one query, whatever else
 MISSED = 0.01  # of k: hits that may be expected in lists that are not looked at
 MISSED_CODES = 0.03  # of the hits: those that may be expected to be lost among candidates
+Nearest = tuple[np.ndarray, np.ndarray]  # similarities float32[Q, n] and numbers int64[Q, n] of lists
 MAX_REFINE = 256  # candidates per hit, at most
 CROWD_ROWS = 4000  # from so many rows on more candidates are rescored
 CODE_NOISE = 0.9  # of one-bit codes, in units of what a random direction across the centroid gives
@@ -177,7 +178,12 @@ class Searcher:
         return found
 
     def search(
-        self, queries: np.ndarray, k: int, chosen: list[Chosen] | None = None, spec: IndexSpec | None = None
+        self,
+        queries: np.ndarray,
+        k: int,
+        chosen: list[Chosen] | None = None,
+        spec: IndexSpec | None = None,
+        nearest: Nearest | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best rows of each query by inner product, best first.
 
@@ -186,6 +192,7 @@ class Searcher:
             k: how many.
             chosen: only these rows, from `choose`; None for all.
             spec: search settings other than the index's own (for tuning).
+            nearest: the lists to scan, where they were found before (for one of several shards).
 
         Returns:
             scores float32[Q, k] and rows int64[Q, k]; where there are fewer, row -1 with score -inf.
@@ -201,7 +208,7 @@ class Searcher:
         elif filtered and chosen is not None and self.quantiser is not None and self.quantiser.shape is not None:
             scores, rows = _Probing(self, queries, wanted, chosen, spec).run()
         else:
-            scores, rows = self._search_index(queries, wanted, chosen, spec)
+            scores, rows = self._search_index(queries, wanted, chosen, spec, nearest)
             short = np.flatnonzero((rows < 0).any(axis=1))
             if len(short):  # the lists probed held too few: compare everything
                 scores[short], rows[short] = self._search_exactly(queries[short], wanted, chosen)
@@ -228,10 +235,11 @@ class Searcher:
         return best(found, k)
 
     def _search_index(
-        self, queries: np.ndarray, k: int, chosen: list[Chosen] | None, spec: IndexSpec
+        self, queries: np.ndarray, k: int, chosen: list[Chosen] | None, spec: IndexSpec, nearest: Nearest | None
     ) -> tuple[np.ndarray, np.ndarray]:
         candidates = k * spec.refine
-        nearest = self.quantiser.nearest(queries, spec.nprobe) if self.quantiser else None
+        if nearest is None and self.quantiser is not None:
+            nearest = self.quantiser.nearest(queries, spec.nprobe)
         found = []
         for number, segment in enumerate(self.segments):
             selection = None if chosen is None else chosen[number].selection

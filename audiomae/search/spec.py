@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from audiomae.config import StrictConfig
+from audiomae.config import StrictConfig, shown_as
 from audiomae.errors import ConfigError, UserError
 
 FLAT_MAX_ROWS = 20_000  # up to here an exact scan takes about a millisecond
@@ -20,18 +20,26 @@ class BuildOptions(StrictConfig):
     memory_gib: float | None = Field(
         None, gt=0, description="RAM that the index may take where it is served, in GiB; null = no limit"
     )
+    index: str | None = Field(
+        None,
+        description="a FAISS factory string instead of the choice by size: Flat, IVF4096,SQ8, IVF,RaBitQfs, HNSW32,SQ8",
+        json_schema_extra=shown_as("FACTORY"),
+    )
     rows_per_part: int = Field(250_000, gt=0, description="rows of one build task, which holds them in memory")
     min_parts: int = Field(2, gt=0, description="into how many parts even a small build is cut")
+    segment_rows: int = Field(16_000_000, gt=0, description="rows of one segment, at most")
+    fan_in: int = Field(4, ge=2, description="as many segments of about one size (within a factor of 4) become one")
     flat_max_rows: int = Field(
         FLAT_MAX_ROWS,
         ge=100,
         description="up to this many rows the vectors are searched exhaustively, without an index before them",
     )
     compact_share: float = Field(
-        0.1, ge=0, le=1, description="share of deleted rows above which everything is rebuilt without them"
+        0.1, ge=0, le=1, description="share of deleted rows above which a segment is written again without them"
     )
     queries: int = Field(500, gt=0, description="held-out queries to measure recall with")
-    keep_parts: bool = Field(True, description="leave the parts of the newest build in INDEX/parts")
+    filter_queries: int = Field(40, ge=0, description="queries to measure filtered recall with, for every filter")
+    keep_versions: int = Field(3, ge=1, description="how many versions stay when a build is done")
     seed: int = Field(0, description="of the training sample and k-means")
 
 

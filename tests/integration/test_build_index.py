@@ -60,8 +60,8 @@ def test_build_relaunch_grow_delete(
     assert [item["uri"] for (item,) in index.search(vectors[:3], k=1).items] == ["0.wav", "1.wav", "2.wav"]
     info = index.release.info
     assert info["recall"]["value"] >= 0.95 and info["recall"]["queries"] > 10
-    assert len(info["parts"]) == 2 and sum(part["rows"] for part in info["parts"]) == 2000
-    assert {path.name for path in (index_dir / "parts").iterdir()} == {part["key"] for part in info["parts"]}
+    assert [segment["rows"] for segment in info["segments"]] == [2000]
+    assert not list(index_dir.glob("parts/*")) and not list(index_dir.glob(".staging*"))
 
     before = sorted(path for path in index_dir.rglob("*"))
     assert build(index_dir, encoder, tmp_path / "a", extra=extra) == 0
@@ -71,8 +71,8 @@ def test_build_relaunch_grow_delete(
     embedded(tmp_path / "b", encoder, 300, seed=1, prefix="b")
     assert build(index_dir, encoder, tmp_path / "a", tmp_path / "b", extra=extra) == 0
     assert len(AudioIndex.open(index_dir)) == 2300
-    assert release.resolve(index_dir).info["parts"] != info["parts"]
-    assert sum(part["rows"] for part in release.resolve(index_dir).info["parts"]) == 300
+    grown = list(release.resolve(index_dir).info["segments"])
+    assert grown[0] == info["segments"][0] and [segment["rows"] for segment in grown] == [2000, 300]
 
     doomed = [clip_id(f"{row}.wav", 0.0, 0.0) for row in range(3)]
     (tmp_path / "doomed").write_text("# requested\n" + "\n".join(map(str, doomed)) + "\n\n")
@@ -104,30 +104,35 @@ def test_a_killed_build_is_finished_by_the_same_line(tmp_path: Path, encoder: Au
     embedded(tmp_path / "a", encoder, 1000)
     index_dir = tmp_path / "index"
     line = [sys.executable, "-c", KILLED, str(tmp_path / "a"), str(encoder.home), str(index_dir)]
-    for point in ("publish", "_enter"):  # with everything built; with all files in place but not in force
-        done = subprocess.run([*line, point], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # in the middle of the rows; with everything built; with all files in place but not in force
+    for point in ("releases.create_piece", "releases.publish", "releases._enter"):
+        done = subprocess.run([*line, point], env=env, timeout=120)
         assert done.returncode == -signal.SIGKILL
         assert release.resolve_or_none(index_dir) is None
-    parts = {path: path.stat().st_mtime_ns for path in (index_dir / "parts").rglob("vectors.npy")}
-    assert len(parts) == 2
+    segments = {path: path.stat().st_mtime_ns for path in (index_dir / "segments").rglob("*") if path.is_file()}
+    assert segments
+    done = subprocess.run([*line, "releases.gc"], env=env, timeout=120)  # in force, not yet cleaned up
+    assert done.returncode == -signal.SIGKILL
+    assert {path: path.stat().st_mtime_ns for path in segments} == segments
     assert build(index_dir, encoder, tmp_path / "a") == 0
-    assert {path: path.stat().st_mtime_ns for path in parts} == parts
     index = AudioIndex.open(index_dir)
-    assert index.version == "v000002" and len(index) == 1000
+    assert len(index) == 1000
+    assert {path.name for path in index_dir.iterdir()} <= {"LATEST", "history", "segments", "parts", index.version}
+    assert not list(index_dir.glob("parts/*"))
 
 
 KILLED = """
 import os, signal, sys
-from audiomae.artifacts import releases as release
+from audiomae.artifacts import releases
 from ray_jobs.build_index import main
 from ray_jobs.indexing import job
 directory, encoder, out, point = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
-setattr(release, point, die)
+setattr(releases, point.partition(".")[2], die)
 job._save_encoder = lambda given, sets, base, fingerprint, target: target.mkdir()
-job._run_tasks = lambda label, function, calls: [function(*call) for call in calls]
-job.connect = lambda: None
+job.run_tasks = lambda label, step, calls: [step(*call) for call in calls]
 main(["--embeddings", directory, "--encoder", encoder, "--out", out])
 """
 
@@ -148,7 +153,7 @@ def test_more_recall_tunes_the_index_again(tmp_path: Path, encoder: AudioEncoder
     second = release.resolve(tmp_path / "index")
     assert second.version == "v000002" and second.info["recall"]["value"] >= 0.99
     assert second.info["spec"]["nprobe"] > first.info["spec"]["nprobe"]
-    assert second.files["index.faiss"] == first.files["index.faiss"]
+    assert second.info["pieces"] == first.info["pieces"]
 
 
 def test_encoders_that_do_not_belong_are_refused(tmp_path: Path, encoder: AudioEncoder) -> None:
@@ -183,6 +188,9 @@ def test_a_damaged_shard_fails_the_build_with_its_name(tmp_path: Path, encoder: 
         ([], UserError, "name at least one --embeddings DIR"),
         (["--embeddings", "{}/a", "--delete-ids", "{}/nothing"], UserError, "one clip id a line"),
         (["--embeddings", "{}/a", "--delete-ids", "{}/bad"], UserError, "line 2: expected a clip id, got 'x'"),
+        (["--embeddings", "{}/a", "--delete-ids", "{}/huge"], UserError, "line 1: 9223372036854775808 is no clip id"),
+        (["--embeddings", "{}/a", "--undelete", "{}/minus"], UserError, "line 1: -1 is no clip id: expected 0 to"),
+        (["--embeddings", "{}/a", "--index", "PQ8"], ConfigError, "expected Flat, IVF<lists>"),
         (["--embeddings", "{}/a", "--set", "recal=0.5"], ConfigError, "did you mean 'recall'"),
         (["--embeddings", "{}/a", "--recall", "0", "--set", "rows_per_part=0"], ConfigError, "rows_per_part"),
     ],
@@ -192,6 +200,8 @@ def test_bad_usage(
 ) -> None:
     embedded(tmp_path / "a", encoder, 20)
     (tmp_path / "bad").write_text("12\nx\n")
+    (tmp_path / "huge").write_text(f"{2**63}\n")
+    (tmp_path / "minus").write_text("-1\n")
     line = [text.format(tmp_path) for text in args]
     with pytest.raises(error, match=message):
         main([*line, "--out", str(tmp_path / "index")])

@@ -100,7 +100,7 @@ def make_release(
     **settings: Any,
 ) -> Release | None:
     """What build_index.py does, in this process and without an encoder or a bound on recall."""
-    config = BuildOptions(**{"recall": 0, "queries": 20, "filter_queries": 0} | settings)
+    config = BuildOptions(**{"recall": 0, "queries": 20, "filter_queries": 0, "map": False} | settings)
     base = release.resolve_or_none(index_dir)
     request = Request(np.array(delete, np.int64), np.array(undelete, np.int64), tuple(remove))
     work = make_plan(sets, base, request, config)

@@ -150,7 +150,8 @@ def _build(
         segments.unify([segments.read_schema(segment) for segment in written])
         rows = [segment["rows"] for segment in written]
         spec, measured = _measure(work, place, config, run, (names, rows, quantiser))
-        (staging / MAP_FILE).write_bytes(_map(work, place, run, (names, rows, quantiser)))
+        if config.map:
+            (staging / MAP_FILE).write_bytes(_map(work, place, run, (names, rows, quantiser)))
         np.save(staging / DELETED_FILE, work.deleted)
         np.save(staging / BLOCKED_FILE, work.blocked)
         info = facts | {

@@ -39,6 +39,7 @@ class BuildOptions(StrictConfig):
     )
     queries: int = Field(500, gt=0, description="held-out queries to measure recall with")
     filter_queries: int = Field(40, ge=0, description="queries to measure filtered recall with, for every filter")
+    map: bool = Field(True, description="draw the map of the sounds that the page shows")
     keep_versions: int = Field(3, ge=1, description="how many versions stay when a build is done")
     seed: int = Field(0, description="of the training sample and k-means")
 

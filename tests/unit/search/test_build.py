@@ -23,7 +23,7 @@ from audiomae.search.spec import BuildOptions
 
 DIM, ROWS = 16, 2000
 IVF = {"flat_max_rows": 100}
-CONFIG = BuildOptions(recall=0, queries=20, filter_queries=0, **IVF)  # type: ignore[arg-type]
+CONFIG = BuildOptions(recall=0, queries=20, filter_queries=0, map=False, **IVF)  # type: ignore[arg-type]
 VECTORS = clusters(ROWS, DIM)
 
 

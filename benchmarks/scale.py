@@ -13,6 +13,7 @@ committed with their failures, by an encoder that has nothing to do. Rate from t
 
 import argparse
 import json
+import logging
 import math
 import resource
 import subprocess
@@ -158,7 +159,9 @@ def engine(shards: int) -> dict[str, Any]:
             out, Listing([table]), settings, no_probe, encoder="e", corpus="c", root=folder, shard_cost_s=1.0
         )
         config = EmbedConfig(encoder=f"{folder}/encoder", corpus=folder, out=out)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+        )
         job = EmbedJob(out=out, encoder=config.encoder, root=folder, settings=settings, manifest=made.manifest_hash)
         began = time.perf_counter()
         reports = run_passes(job, made.shards, choose_topology(config, len(made.shards)))

@@ -5,7 +5,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import botocore.exceptions  # type: ignore[import-untyped]
@@ -14,12 +14,14 @@ import pyarrow.compute as pc
 
 from audiomae.corpus.notes import Notes
 from audiomae.corpus.paths import is_s3, join, local_path, name_to_uri, scheme_of, split_s3
+from audiomae.corpus.side_by_side import read_side_by_side
 from audiomae.errors import UserError
 from audiomae.s3 import client as s3_client
 
 TABLE_ROWS = 8192
 SKIPPED = "files passed over by their names (hidden, a system's own, or no audio)"
 S3_PAGE_KEYS = 1000
+KEYS_A_FOLDER = 250
 # fmt: off
 NOT_AUDIO = frozenset(
     {
@@ -290,14 +292,43 @@ def _pages(uri: str, **request: Any) -> Iterator[dict[str, Any]]:
 
 
 def _list_s3(uri: str) -> Iterator[Entry]:
+    """Objects below a prefix in the order of their keys.
+
+    The first page tells how the keys are laid out: where its folders are large, the others are listed side by side.
+    """
     bucket, prefix = _s3_prefix(uri)
-    for page in _pages(uri, Bucket=bucket, Prefix=prefix):
+    first = next(_pages(uri, Bucket=bucket, Prefix=prefix), {})
+    names = [item["Key"].removeprefix(prefix) for item in first.get("Contents", [])]
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    large = bool(folders) and len(names) >= KEYS_A_FOLDER * S3_PAGE_KEYS // 1000 * len(folders)
+    if not first.get("IsTruncated"):
+        pages: Iterator[dict[str, Any]] = iter([first])
+    elif large:
+        pages = read_side_by_side(_s3_units(uri, bucket, prefix), lambda unit: _unit_pages(uri, bucket, unit))
+    else:
+        rest = _pages(uri, Bucket=bucket, Prefix=prefix, StartAfter=first["Contents"][-1]["Key"])
+        pages = chain([first], rest)
+    for page in pages:
         for item in page.get("Contents", []):
             name = item["Key"].removeprefix(prefix)
             if not name.endswith("/"):  # those are the folder markers of S3 consoles
                 if name.startswith("/") or scheme_of(name) or name.startswith("file:/"):  # relative, it would not be
                     name = f"s3://{bucket}/{item['Key']}"
                 yield Entry(name, item["Size"], item["ETag"].strip('"'))
+
+
+def _s3_units(uri: str, bucket: str, prefix: str) -> Iterator[dict[str, Any] | str]:
+    """What lies directly below a prefix, in the order of keys: objects (each as a page) and folders (their prefix)."""
+    for page in _pages(uri, Bucket=bucket, Prefix=prefix, Delimiter="/"):
+        found: list[tuple[bytes, dict[str, Any] | str]] = [
+            (item["Key"].encode(), {"Contents": [item]}) for item in page.get("Contents", [])
+        ]
+        found += [(item["Prefix"].encode(), item["Prefix"]) for item in page.get("CommonPrefixes", [])]
+        yield from (unit for _, unit in sorted(found, key=lambda pair: pair[0]))
+
+
+def _unit_pages(uri: str, bucket: str, unit: dict[str, Any] | str) -> Iterator[dict[str, Any]]:
+    return _pages(uri, Bucket=bucket, Prefix=unit) if isinstance(unit, str) else iter([unit])
 
 
 def _s3_head(bucket: str, key: str) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from audiomae.artifacts.tables import EmbedSettings
 from audiomae.corpus import folders, listings, sources
 from audiomae.corpus.decode import decode
 from audiomae.corpus.manifest import clip_id, list_corpus, open_source
+from audiomae.corpus.side_by_side import read_side_by_side
 from audiomae.embedding.decoding import decode_item
 from audiomae.errors import DecodeError, ItemError, UserError
 from audiomae.storage import to_path, write_bytes
@@ -232,6 +233,33 @@ def test_s3_listing_pages(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> No
     bucket = s3_bucket.removeprefix("s3://")
     s3.client().put_object(Bucket=bucket, Key="x/folder_marker/", Body=b"")
     assert uris(f"{s3_bucket}/x") == [f"{number:04d}.wav" for number in range(10)]
+
+
+def test_large_folders_of_a_store_are_listed_side_by_side(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "S3_PAGE_KEYS", 8)
+    names = [f"{folder}/{number:02d}.wav" for folder in ("a", "b", "b-c", "d") for number in range(11)]
+    names += ["b-.wav", "b.wav", "zz.wav", "d/e/f.wav", "a.wav"]
+    client, bucket = s3.client(), s3_bucket.removeprefix("s3://")
+    for name in names:
+        client.put_object(Bucket=bucket, Key=f"x/{name}", Body=b"")
+    read_by: list[Any] = []
+    real = folders._unit_pages
+    monkeypatch.setattr(folders, "_unit_pages", lambda *unit: read_by.append(unit[-1]) or real(*unit))
+    assert uris(f"{s3_bucket}/x") == sorted(names)
+    assert {unit for unit in read_by if isinstance(unit, str)} == {"x/a/", "x/b/", "x/b-c/", "x/d/"}
+
+
+def test_reading_side_by_side_keeps_order_passes_errors_on_and_can_be_left() -> None:
+    def read(unit: int) -> Any:
+        if unit == 40:
+            raise UserError("no such unit")
+        yield from (unit * 100 + page for page in range(unit % 9))
+
+    expected = [unit * 100 + page for unit in range(40) for page in range(unit % 9)]
+    assert list(read_side_by_side(range(40), read)) == expected
+    with pytest.raises(UserError, match="no such unit"):
+        list(read_side_by_side(range(50), read))
+    assert next(read_side_by_side(range(1, 1000), read)) == 100
 
 
 def test_content_id_changes_with_the_content(root: str) -> None:

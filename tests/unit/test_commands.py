@@ -11,6 +11,7 @@ from audiomae.errors import ConfigError
 from ray_jobs import (
     ablation,
     build_index,
+    compare,
     demo,
     demo_queries,
     embed_corpus,
@@ -20,7 +21,7 @@ from ray_jobs import (
     train,
 )
 
-JOBS = (train, embed_corpus, build_index, evaluate_retrieval, pipeline, demo, demo_queries, ablation)
+JOBS = (train, embed_corpus, build_index, evaluate_retrieval, compare, pipeline, demo, demo_queries, ablation)
 HEAVY = (
     "torch",
     "torchaudio",

@@ -81,8 +81,10 @@ def check(
 def suffixes_of(uris: pa.ChunkedArray) -> pa.DictionaryArray:
     """The lower-case suffix of each name, without its dot; empty where there is none."""
     tails = pc.utf8_lower(pc.utf8_slice_codeunits(uris.combine_chunks(), start=-6, stop=None))
-    found = pc.extract_regex(tails, r"\.(?P<suffix>[a-z0-9]{1,5})$").field("suffix")
-    return pc.dictionary_encode(pc.fill_null(found, ""))
+    encoded = pc.dictionary_encode(tails)
+    found = pc.extract_regex(encoded.dictionary, r"\.(?P<suffix>[a-z0-9]{1,5})$").field("suffix")
+    suffixes = pc.dictionary_encode(pc.fill_null(found, ""))
+    return pa.DictionaryArray.from_arrays(suffixes.indices.take(encoded.indices), suffixes.dictionary)
 
 
 def sample_rows(suffixes: pa.DictionaryArray, count: int) -> np.ndarray:

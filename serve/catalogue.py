@@ -2,6 +2,8 @@
 
 import datetime
 import functools
+import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,14 @@ import pyarrow.compute as pc
 
 from audiomae.search.audio_index import AudioIndex
 from audiomae.search.hits import Hits
+from serve.quality import Calibration, calibrate
 from serve.queries import Region
 
 PLACE = ("id", "uri", "start_s", "end_s")
 HIDDEN = ("corpus",)
 EXAMPLES, CANDIDATES = 6, 512
 MAP_VALUES = 20  # kinds with a colour of their own
+CALIBRATED_AT_ONCE = 200_000  # rows
 MAX_DISTINCT = 50_000  # a column of more different values than this is a name and not a kind
 
 
@@ -40,6 +44,11 @@ class Catalogue:
             self._live = live
         self.sounds, self.hours = _extent(files[self._live], self._column("end_s")[self._live])
         self.one_window_a_file = self.sounds == self.rows
+        self.calibration: Calibration | None = None
+        if self.rows <= CALIBRATED_AT_ONCE:
+            self._calibrate()
+        else:  # minutes of searching in a large release: until then hits have no probability
+            threading.Thread(target=self._calibrate, name="calibrate", daemon=True).start()
         self.facets = functools.lru_cache(maxsize=32)(self._facets)
         self.map = functools.lru_cache(maxsize=4)(self._map)
 
@@ -104,10 +113,11 @@ class Catalogue:
             "code": codes,
         }
 
+    def _calibrate(self) -> None:
+        self.calibration = calibrate(self.index, np.flatnonzero(self._live))
+
     def _facets(self, filter_json: str | None, limit: int) -> dict[str, Any]:
         """Counts of the columns' values among the items that a filter (JSON text) lets through."""
-        import json
-
         mask = self._mask(json.loads(filter_json) if filter_json else None)
         table = self.index.table.table
         found = []

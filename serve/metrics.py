@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.admission import Lane
 from serve.problems import CLIENT_GONE
+from serve.quality import RecallShadow
 
 LOGGER = logging.getLogger("ray.serve")  # Ray gives it a file for each replica
 REQUEST_ID = "x-request-id"
@@ -52,6 +53,12 @@ class ApiMetrics:
             "Time in decode, encode and search.",
             ("replica", "stage"),
             buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self._shadow = Gauge(
+            "audiomae_recall_shadow",
+            "Queries searched again exactly; hits that this found, and how many of them had been answered.",
+            ("replica", "count"),
             registry=self.registry,
         )
         self._lanes = Gauge(
@@ -88,6 +95,11 @@ class ApiMetrics:
         for lane in lanes:
             self._lanes.labels(self._replica, lane.name, "working").set(lane.working)
             self._lanes.labels(self._replica, lane.name, "waiting").set(lane.waiting)
+
+    def recall(self, shadow: RecallShadow) -> None:
+        """Record what the recall shadow has counted."""
+        for name in ("queries", "wanted", "found"):
+            self._shadow.labels(self._replica, name).set(getattr(shadow, name))
 
     def text(self) -> str:
         """This replica's metrics in the Prometheus text format."""

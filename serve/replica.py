@@ -43,6 +43,7 @@ class Api(Backstage):
         catalogue = (await self._service.serving()).catalogue
         self._metrics.serving(catalogue.version, catalogue.fingerprint, catalogue.rows)
         self._metrics.lanes(self._service.lanes.values())
+        self._metrics.recall(self._service.shadow)
         return self._metrics.text()
 
     async def load(self, version: str) -> str:

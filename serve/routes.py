@@ -19,6 +19,7 @@ from serve import access, answers, media, openapi, problems
 from serve.audio import clip_vector
 from serve.metrics import ApiMetrics, CountRequests, merge
 from serve.problems import Problem, responses
+from serve.quality import describe
 from serve.queries import Region, Wanted, check_filter
 from serve.schema import (
     EmbedResponse,
@@ -459,5 +460,5 @@ def release_info(serving: Serving) -> dict[str, Any]:
         "text_reason": encoder.text_reason,
         "device": encoder.device,
         "precision": catalogue.precision,
-        "calibrated": False,
+        **describe(catalogue.calibration),
     }

@@ -314,6 +314,7 @@ class ReleaseInfo(BaseModel):
     device: str
     precision: str | None = Field(default=None, description="of the encoder that made the vectors, where recorded")
     calibrated: bool = Field(default=False, description="whether hits come with a `probability`")
+    calibration_error: float | None = Field(default=None, description="expected, on queries held out")
 
 
 class Health(BaseModel):

@@ -22,6 +22,7 @@ from serve.arguments import ServeArgs
 from serve.catalogue import Catalogue
 from serve.encoder import BatchingEncoder
 from serve.problems import Problem
+from serve.quality import RecallShadow
 from serve.queries import WHOLE, Answer, Embedded, EncoderInfo, Region, Wanted, check_filter, check_vectors, unit
 from serve.schema import Timing
 from serve.versions import SharedVersion, VersionCache
@@ -99,6 +100,7 @@ class SearchService:
         self._threads = {
             name: ThreadPoolExecutor(lane.places, thread_name_prefix=name) for name, lane in self.lanes.items()
         }
+        self.shadow = RecallShadow(args.recall_shadow)
         self._small_ms = 0.0  # what a small search takes, as measured
         self._serving: Serving | None = None
         self._checked_at = 0.0
@@ -277,10 +279,10 @@ class SearchService:
         small = filter is None and hits <= SMALL_HITS and self._small_ms < INLINE_MS
         try:
             if small:  # a search of less than a millisecond or so is over before a thread has begun
-                results, spent = find(serving.catalogue, queries, wanted, filter, without)
+                results, spent = find(serving.catalogue, queries, wanted, filter, without, self.shadow)
                 self._small_ms += 0.05 * (spent - self._small_ms)
             else:
-                work = self.in_lane(lane, hits, find, serving.catalogue, queries, wanted, filter, without)
+                work = self.in_lane(lane, hits, find, serving.catalogue, queries, wanted, filter, without, self.shadow)
                 results, spent = await work
                 self._small_ms *= 0.99  # so that it is tried again
         except FilterError as error:
@@ -401,14 +403,21 @@ class SearchService:
 
 
 def find(
-    catalogue: Catalogue, queries: np.ndarray, wanted: Wanted, filter: dict[str, Any] | None, without: set[int]
+    catalogue: Catalogue,
+    queries: np.ndarray,
+    wanted: Wanted,
+    filter: dict[str, Any] | None,
+    without: set[int],
+    shadow: RecallShadow,
 ) -> tuple[list[list[dict[str, Any]]], float]:
     """Hits of each query as JSON-ready dicts, and the milliseconds it took. In a thread: nothing here awaits."""
     began = time.perf_counter()
     by_file = wanted.group == "file"
     extra = len(without) + (wanted.k if wanted.collapse else 0)
     hits = catalogue.search(queries, min(wanted.k + extra, max(1, catalogue.rows)), filter, by_file)
-    results = rankings(hits, by_file)
+    if filter is None and hits.windows is None:
+        shadow.watch(catalogue.index, queries, hits.scores.shape[1], hits.scores)
+    results = rankings(hits, by_file, catalogue.calibration)
     if without:
         files = {row["uri"] for row in map(catalogue.item, without) if row is not None} if by_file else set()
         results = [[hit for hit in hits if hit["id"] not in without and hit["uri"] not in files] for hits in results]

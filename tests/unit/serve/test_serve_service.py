@@ -37,7 +37,8 @@ class Catalogue:
     def __init__(self, version: str = "v1", fingerprint: str = "f", window_s: float | None = None) -> None:
         self.version, self.fingerprint, self.window_s = version, fingerprint, window_s
         self.rows, self.dim, self.columns = 3, 2, ("id", "uri", "label")
-        self.index = SimpleNamespace(vector=lambda clip: np.array(VECTORS[clip]))
+        self.index = SimpleNamespace(vector=lambda clip: np.array(VECTORS[clip]), spec=SimpleNamespace(kind="flat"))
+        self.calibration = None
         self.asked: list[np.ndarray] = []
 
     def item(self, clip: int) -> dict[str, Any] | None:

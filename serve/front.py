@@ -13,6 +13,7 @@ from serve import proxy
 from serve.arguments import ServeArgs
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+NICENESS = {"RAY_worker_niceness": "0"}  # Ray's default is 15: right for batch jobs, wrong for what people wait for
 # In an API replica user code runs on the server's own event loop: no hop between two threads for each message.
 REPLICA_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 
@@ -47,7 +48,7 @@ def connect() -> None:
     given: dict[str, Any] = dict(context.params) if context is not None else {}
     address = given.get("address") or os.environ.get("RAY_ADDRESS") or None
     if address in (None, "auto", "local"):  # Ray may be started here, and its processes inherit this environment
-        for name, value in proxy.environment().items():
+        for name, value in {**NICENESS, **proxy.environment()}.items():
             os.environ.setdefault(name, value)
     options: dict[str, Any] = {"namespace": "serve"}
     if {"runtime_env", "runtime_env_json", "working_dir"} <= given.keys():

@@ -86,7 +86,7 @@ def create_app(service: SearchService, metrics: ApiMetrics, backstage: Backstage
     )
     problems.install(app)
     app.add_middleware(access.Tokens)
-    app.add_middleware(Limits, args=service.args)
+    app.add_middleware(Limits, args=service.args, shed=service.shed)
     if service.args.cors:
         app.add_middleware(CORSMiddleware, allow_origins=[service.args.cors], allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(CountRequests, metrics=metrics)
@@ -133,7 +133,6 @@ def _search_routes(app: FastAPI, service: SearchService, metrics: ApiMetrics) ->
 
         With `examples` or `text` beside or instead of the file: items near all that is included, away from the rest.
         """
-        service.lanes["short"].refuse_early()
         form = await read_form(request)
         fields = SearchForm.model_validate({**form.fields, "file": form.files.get("file", b"")})
         wanted = Wanted(fields.k, fields.filter, fields.group, fields.collapse)
@@ -219,7 +218,6 @@ def _search_routes(app: FastAPI, service: SearchService, metrics: ApiMetrics) ->
     )
     async def embed(request: Request) -> Response:
         """The upload as vectors: one for the whole clip, one for each window."""
-        service.lanes["short"].refuse_early()
         form = await read_form(request)
         fields = SearchForm.model_validate({**form.fields, "file": b""})
         serving, found = await service.embed(required_file(form), Region(fields.start_s, fields.end_s))

@@ -234,6 +234,11 @@ class SearchService:
             raise unknown_id(clip, serving.version)
         return serving, row
 
+    def shed(self, method: str, path: str) -> None:
+        """Raise the problem of a request that comes while its lane is full, before its body is read."""
+        if method == "POST" and path in ("/search", "/embed"):
+            self.lanes["short"].refuse_early()
+
     async def filtered(self, function: Callable[..., T], *args: Any) -> T:
         """Run a search of the items table, in its lane; 422 `bad_filter` when the filter does not fit it."""
         try:

@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import ray
 import soundfile
+from ray import serve
 from serving import PATIENCE_S, RATE, as_file, make_corpus, make_encoder, publish_release, running_service, sound
 
 from audiomae.artifacts import releases as releases
@@ -177,11 +180,60 @@ def test_an_item_can_be_read_heard_and_seen(service: Service) -> None:
     assert (part.status_code, part.content) == (206, data[100:300])
     assert part.headers["content-range"] == f"bytes 100-299/{len(data)}"
     beyond = service.http.get("/" + item["links"]["audio"], headers={"Range": f"bytes={len(data)}-"})
-    assert beyond.status_code == 416
+    assert (beyond.status_code, beyond.json()["code"]) == (416, "bad_range")
+    assert beyond.headers["content-range"] == f"bytes */{len(data)}"
     decoded = service.http.get("/" + item["links"]["audio"], params={"format": "wav"})
     assert soundfile.info(io.BytesIO(decoded.content)).duration == 2.0
     picture = service.http.get("/" + item["links"]["spectrogram"])
     assert picture.content[:4] == b"\x89PNG" and picture.headers["content-type"] == "image/png"
+
+
+def test_hits_are_files_with_their_matching_stretches(service: Service) -> None:
+    data = as_file(np.concatenate([sound("noise", 2), sound("tone", 1)]))
+    hits = service.search(data, k=3).json()["results"]
+    assert all(hit["matches"]["windows"] >= 1 and hit["matches"]["spans"] for hit in hits)
+    hits = service.search(data, k=3, group="none").json()["results"]
+    assert all(hit["matches"] is None for hit in hits)
+    merged = {hit["uri"]: hit for hit in service.search(data, k=4, mode="windows").json()["results"]}
+    (span,) = merged["tone/1.wav"]["matches"]["spans"]
+    assert (span["start_s"], span["end_s"]) == (0.0, 2.0) and span["query_end_s"] == 4.0
+
+
+def test_a_stretch_of_an_upload_or_an_item_is_searched_alone(service: Service) -> None:
+    data = as_file(np.concatenate([sound("noise", 2), sound("tone", 1)]))
+    first = [
+        service.search(data, k=1, **region).json()["results"][0]["uri"] for region in ({"end_s": 2}, {"start_s": 2})
+    ]
+    assert first == ["noise/2.wav", "tone/1.wav"]
+    clip = service.id_of("chirp/1.wav")
+    reply = service.http.get(f"/search/id/{clip}", params={"start_s": 0.5, "end_s": 1.5})
+    assert reply.status_code == 200 and clip not in [hit["id"] for hit in reply.json()["results"]]
+
+
+def test_examples_are_one_query_by_id_vector_and_upload(service: Service) -> None:
+    tone, noise = service.id_of("tone/1.wav"), service.id_of("noise/1.wav")
+    examples = {"include": [{"id": str(tone)}, {"upload": "more"}], "exclude": [{"id": noise}]}
+    upload = {"more": ("more", (service.corpus / "tone" / "2.wav").read_bytes())}
+    reply = service.http.post("/search", files=upload, data={"examples": json.dumps(examples), "k": 3})
+    assert reply.json()["results"][0]["uri"].startswith("tone/")
+    assert {tone, noise}.isdisjoint(hit["id"] for hit in reply.json()["results"])
+    alone = service.http.post("/search/examples", json={"examples": {"include": [{"id": tone}]}, "k": 4}).json()
+    assert alone["results"] == service.http.get(f"/search/id/{tone}", params={"k": 4}).json()["results"]
+
+
+def test_what_the_index_holds_is_counted_and_shown(service: Service) -> None:
+    release = service.http.get("/release").json()
+    assert (release["sounds"], release["hours"]) == (12, round(24 / 3600, 4))
+    facets = {facet["column"]: facet for facet in service.http.get("/facets").json()["facets"]}
+    assert facets["label"]["values"] == [{"value": name, "count": 3} for name in ("chirp", "clicks", "noise", "tone")]
+    assert (facets["take"]["type"], facets["take"]["min"], facets["take"]["max"]) == ("number", 0, 2)
+    some = service.http.get("/facets", params={"filter": '{"label": "tone"}'}).json()
+    assert some["total"] == 3
+    page = service.http.get("/items", params={"filter": '{"label": "tone"}', "offset": 1, "limit": 1}).json()
+    assert (page["total"], [item["uri"] for item in page["items"]]) == (3, ["tone/1.wav"])
+    examples = service.http.get("/examples").json()["items"]
+    assert len(examples) == 6 and len({item["item"]["label"] for item in examples}) == 4
+    assert all(service.http.head("/" + item["links"]["audio"]).status_code == 200 for item in examples)
 
 
 Send = Callable[[Service], httpx.Response]
@@ -221,6 +273,19 @@ def post_vectors(**body: Any) -> Send:
         (lambda s: s.http.get("/nowhere"), 404, "not_found"),
         (lambda s: s.http.get("/../app.py"), 404, "not_found"),
         (lambda s: s.http.delete("/search"), 405, "method_not_allowed"),
+        (lambda s: s.http.get("/search"), 405, "method_not_allowed"),
+        (lambda s: s.http.get("/healthz", headers={"x-long": "y" * 20_000}), 431, "headers_too_large"),
+        (lambda s: s.search(CLIP, start_s=9), 422, "bad_region"),
+        (lambda s: s.search(CLIP, start_s=1, end_s=1), 422, "invalid_request"),
+        (lambda s: s.http.post("/search", files={"x": ("x", CLIP)}), 422, "invalid_request"),
+        (lambda s: s.http.post("/search", json={}), 422, "invalid_request"),
+        (lambda s: s.http.post("/search/examples", json={"examples": {}}), 422, "invalid_request"),
+        (lambda s: s.http.post("/search/examples", json={"examples": {"include": [{"id": 1}]}}), 404, "unknown_id"),
+        (lambda s: s.http.get("/facets?filter=[]"), 422, "bad_filter"),
+        (post_vectors(vectors=[[1.0] * 64] * 256, k=1000), 422, "too_many_hits"),
+        (post_vectors(vectors=[[1.0] * 64], k=True), 422, "invalid_request"),
+        (post_vectors(vectors=[[1.0] * 64], filter={"take": True}), 422, "bad_filter"),
+        (post_vectors(vectors=[[1.0] * 64], filter={"label": {}}), 422, "bad_filter"),
         (lambda s: s.http.post("/admin/reload"), 401, "unauthorized"),
         (lambda s: s.reload("latest", token="wrong"), 401, "unauthorized"),
         (lambda s: s.reload("v9"), 404, "unknown_release"),
@@ -346,6 +411,31 @@ def test_a_damaged_release_is_refused_and_the_old_one_serves_on(service: Service
     assert service.http.get("/release").json() == serving
     with pytest.raises(click.ClickException, match=r"vectors\.faiss: damaged"):
         build({"index": str(service.index)})
+
+
+@pytest.mark.slow
+def test_a_choice_of_release_survives_a_deployment_of_a_changed_config(service: Service) -> None:
+    latest = service.http.get("/release").json()["version"]
+    older = "v000001"
+    assert latest != older and service.reload(older).status_code == 200
+    args = {"index": str(service.index), "encoder_threads": 1, "request_timeout_s": PATIENCE_S, "max_audio_s": 20}
+    answers = under_load(service, lambda: serve.run(build(args), name="search"))
+    assert {release for status, release in answers if status == 200} == {older}
+    assert service.http.get("/release").json()["version"] == older
+    assert service.search(as_file(np.zeros(25 * 8000), 8000)).json()["code"] == "audio_too_long"
+
+
+@pytest.mark.slow
+def test_every_answer_is_what_openapi_says(service: Service) -> None:
+    """Schemathesis: generated requests, valid and not, against every route."""
+    program = Path(sys.executable).with_name("schemathesis")
+    if not program.exists():
+        pytest.skip("schemathesis is not installed (the dev extra)")
+    config = Path(__file__).with_name("schemathesis.toml")
+    command = [str(program), "--config-file", str(config), "run", f"{service.http.base_url}/openapi.json"]
+    options = ["--max-examples", "30", "--seed", "1", "--no-color", "-H", f"Authorization: Bearer {TOKEN}"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:]
 
 
 def test_an_encoder_that_did_not_make_the_vectors_is_refused_at_start(service: Service, tmp_path: Path) -> None:

@@ -218,7 +218,8 @@ def test_examples_are_one_query_by_id_vector_and_upload(service: Service) -> Non
     assert reply.json()["results"][0]["uri"].startswith("tone/")
     assert {tone, noise}.isdisjoint(hit["id"] for hit in reply.json()["results"])
     alone = service.http.post("/search/examples", json={"examples": {"include": [{"id": tone}]}, "k": 4}).json()
-    assert alone["results"] == service.http.get(f"/search/id/{tone}", params={"k": 4}).json()["results"]
+    similar = service.http.get(f"/search/id/{tone}", params={"k": 4}).json()
+    assert [hit["id"] for hit in alone["results"]] == [hit["id"] for hit in similar["results"]]
 
 
 def test_what_the_index_holds_is_counted_and_shown(service: Service) -> None:

@@ -24,9 +24,6 @@ class ServeArgs(StrictConfig):
     encoder_threads: int = Field(default=0, ge=0, description="torch threads of one encoder; 0 = all cores")
     api_replicas: int = Field(default=1, ge=1)
     encoder_replicas: int = Field(default=1, ge=1, description="of the encoder for long uploads, or for a GPU")
-    index_replicas: int = Field(
-        default=1, ge=1, description="1: every API replica maps the whole index; more: that many hold a share each"
-    )
     max_batch_size: int = Field(default=16, ge=1, description="windows encoded together at most")
 
     max_upload_mib: float = Field(default=32.0, gt=0, description="larger request bodies are refused (413)")

@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from audiomae.search.audio_index import AudioIndex
 from audiomae.search.hits import Hits
 from serve.quality import Calibration, calibrate
-from serve.queries import Region
 
 PLACE = ("id", "uri", "start_s", "end_s")
 HIDDEN = ("corpus",)
@@ -74,12 +73,8 @@ class Catalogue:
         """A few items as different as the columns say: one of each kind, else spread over the table."""
         rows = np.flatnonzero(self._live)
         kinds = self._kinds()
-        if kinds is not None:
-            _, first = np.unique(kinds[rows], return_index=True)
-            rows = rows[np.sort(first)] if len(first) >= EXAMPLES else rows
-        spread = np.unique(np.linspace(0, max(0, len(rows) - 1), min(CANDIDATES, len(rows))).astype(int))
-        order = np.argsort(spread % EXAMPLES, kind="stable") if len(spread) > EXAMPLES else np.arange(len(spread))
-        return self.index.table.rows(rows[spread[order]])
+        places = spread(np.zeros(len(rows), int) if kinds is None else kinds[rows], EXAMPLES)
+        return self.index.table.rows(rows[places[:CANDIDATES]])
 
     def _map(self, colour: str | None) -> dict[str, Any] | None:
         """The map's points with the codes of a column; `None` when the release has no map. KeyError: no such column."""
@@ -149,9 +144,26 @@ class Catalogue:
         return np.asarray(self.index.table.table.column(name).to_numpy(), dtype)
 
 
-def region_of(row: dict[str, Any], region: Region) -> Region:
-    """The stretch of an item's file to take: the given one, else the item's own."""
-    return region if region else Region(row["start_s"], row["end_s"])
+def spread(kinds: np.ndarray, count: int) -> np.ndarray:
+    """An order of N rows in which any first `count` are as different as can be: all kinds in turn, evenly spaced.
+
+    Args:
+        kinds: int[N], equal numbers for rows of one kind.
+        count: how many of them will be looked at.
+
+    Returns:
+        int64[N].
+    """
+    if not len(kinds):
+        return np.zeros(0, np.int64)
+    order = np.argsort(kinds, kind="stable")
+    starts = np.flatnonzero(np.diff(kinds[order], prepend=kinds[order[0]] - 1))
+    turn = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+    by_turn = order[np.argsort(turn, kind="stable")]
+    first = len(starts) if len(starts) > 1 else len(order)
+    step = max(1, first // count)
+    even = np.argsort(np.arange(first) % step, kind="stable")
+    return np.concatenate([by_turn[:first][even], by_turn[first:]])
 
 
 def _extent(files: np.ndarray, ends: np.ndarray) -> tuple[int, float]:

@@ -10,6 +10,7 @@ import pytest
 
 from serve import answers, proxy
 from serve.access import Quota, read_tokens
+from serve.catalogue import spread
 from serve.problems import Problem
 from serve.uploads import parse_form
 
@@ -94,6 +95,24 @@ def test_a_broken_form_is_refused(body: bytes, kind: str) -> None:
     with pytest.raises(Problem) as caught:
         parse_form(body, kind)
     assert (caught.value.status_code, caught.value.code) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "first"),
+    [
+        ([0, 0, 0, 1, 1, 1], {0, 1}),
+        ([3] * 9 + [7], {3, 7}),
+        (list(range(100)), {0, 16, 32, 48, 64, 80}),
+        ([5], {5}),
+        ([], set()),
+    ],
+)
+def test_the_first_rows_shown_are_of_all_kinds(kinds: list[int], first: set[int]) -> None:
+    order = spread(np.array(kinds, int), 6)
+    assert sorted(order) == list(range(len(kinds)))
+    assert {kinds[place] for place in order[:6]} == first
+    same = spread(np.zeros(60, int), 6)
+    assert list(same[:6]) == [0, 10, 20, 30, 40, 50]
 
 
 def test_quotas_are_used_up_and_fill_again() -> None:

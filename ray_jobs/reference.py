@@ -20,7 +20,8 @@ from ray_jobs import configs
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 AGAIN = "<!-- written by `python -m ray_jobs.reference`: change the code, not this file -->"
-CONFIG_SECTIONS: tuple[tuple[str, str, type[BaseModel], tuple[type[BaseModel], ...]], ...] = (
+Section = tuple[str, str, type[BaseModel], tuple[type[BaseModel], ...]]
+CONFIG_SECTIONS: tuple[Section, ...] = (
     ("Training", "`ray_jobs/train.py`", configs.TrainConfig, ()),
     ("Embedding", "`ray_jobs/embed_corpus.py`", configs.EmbedConfig, ()),
     ("Building an index", "`ray_jobs/build_index.py`", configs.BuildConfig, ()),
@@ -72,7 +73,10 @@ def config_page() -> str:
         "NAME=VALUE (`--data.exclude fold=1`), a switch stands alone (`--per-file`, `--no-per-file`).",
         "",
     ]
-    sections = (*CONFIG_SECTIONS, ("Serving", "`serve run serve.app:build KEY=VALUE ...`", ServeArgs, ()))
+    sections: tuple[Section, ...] = (
+        *CONFIG_SECTIONS,
+        ("Serving", "`serve run serve.app:build KEY=VALUE ...`", ServeArgs, ()),
+    )
     for title, where, config, without in sections:
         inherited = {key.name for base in without for key in config_keys(base)}
         lines += [f"## {title}", "", f"{where}: {_first_paragraph(config)}", ""]

@@ -3,7 +3,7 @@
 Both start at any native frame and give exactly what a decode from the first frame gives there. Where the codec
 can be entered in the middle with bit-equal results the reader seeks; where it cannot (Opus, AMR, WMA, AAC with noise
 substitution, everything through FFmpeg) it decodes from the first frame and throws away what comes before.
-`AudioInfo.exact_seek` says which of the two it is, so that a planner does not cut a file that is dear to enter.
+`AudioInfo.exact_seek` says which of the two it is, so that a file which is slow to seek in is not cut into segments.
 
 What libsndfile 1.2.2 needs, found by comparing with full decodes:
 - MP3: about 4,800 frames of lead-in fill the bit reservoir; afterwards the samples agree to 1e-7.

@@ -242,7 +242,7 @@ def _watched(job: EmbedJob, item: Item) -> Iterator[Piece]:
         signal.setitimer(signal.ITIMER_REAL, *others)
 
 
-def serve(pipe: Connection) -> None:
+def decode_on_request(pipe: Connection) -> None:
     """The child's loop: items in; pieces by the name of their type, then `end` or `error`, out."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -257,4 +257,4 @@ def serve(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    decode_on_request(Connection(int(sys.argv[1])))

@@ -1,4 +1,6 @@
-"""Results of an ablation -> one table: what each technique gives over its parent, with spread, beside what was guessed.
+"""Results of an ablation -> one table: what each technique gives over its parent, with spread.
+
+"Expected beforehand" is what the research note foretold of a row, written down before anything was measured.
 
 A result is one (row, fold, seed): the fold's clips query the other folds with an encoder that never saw the fold.
 Differences to the parent are taken pair by pair over folds and seeds, and tested over queries.
@@ -119,7 +121,7 @@ runs, ± deviation over folds and seeds. Difference: mean of the paired differen
 (same fold, same seed), ± their deviation, in points of mAP and R@1, and relative to the parent's mAP. p: sign-flip
 permutation test of the queries' average precision (averaged over seeds), Holm-corrected over all rows."""
 _HEADER = (
-    "| technique | against | runs | mAP | R@1 | difference mAP | difference R@1 | p | the note's guess |",
+    "| technique | against | runs | mAP | R@1 | difference mAP | difference R@1 | p | expected beforehand |",
     "|---|---|---|---|---|---|---|---|---|",
 )
 

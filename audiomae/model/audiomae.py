@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audiomae.model.blocks import MacaronBlock, init_weights, layer_norm
-from audiomae.model.encoder_config import AudioMAEConfig, MaskMode, Positions
-from audiomae.model.masking import random_masking
+from audiomae.model.encoder_config import AudioMAEConfig, Positions
 
 
 class EncoderOutput(NamedTuple):
@@ -35,28 +34,6 @@ class EncoderOutput(NamedTuple):
     grid: tuple[int, int]
     cls_attention: Tensor | None = None
     padded: bool = True
-
-
-class MAEOutput(NamedTuple):
-    """One masked step over B clips of N patches, at most K of them visible.
-
-    Attributes:
-        loss: scalar.
-        pred, target: float [B, N, pt * pf].
-        mask: float [B, N], 1 = hidden and reconstructed, 0 = visible or padding.
-        tokens: float [B, 1 + K, D], visible tokens, cls first.
-        token_mask: bool [B, 1 + K], False where a shorter clip has fewer visible patches.
-        ids_keep: int64 [B, K]. ids_restore: int64 [B, N]. (See `Masking`.)
-    """
-
-    loss: Tensor
-    pred: Tensor
-    target: Tensor
-    mask: Tensor
-    tokens: Tensor
-    token_mask: Tensor
-    ids_keep: Tensor
-    ids_restore: Tensor
 
 
 class Decoder(nn.Module):
@@ -90,9 +67,8 @@ class AudioMAE(nn.Module):
         )
         self.norm = layer_norm(config.embed_dim)
         self.apply(init_weights)
-        self.decoder = (
-            Decoder(config).apply(init_weights) if decoder else None
-        )  # last: a seed's encoder is one either way
+        # after the encoder's weights were drawn, so that a seed gives the same encoder with and without a decoder
+        self.decoder = Decoder(config).apply(init_weights) if decoder else None
 
     @property
     def dim(self) -> int:
@@ -128,7 +104,6 @@ class AudioMAE(nn.Module):
         x: Tensor,
         frame_lengths: Tensor | None = None,
         ids_keep: Tensor | None = None,
-        visible: Tensor | None = None,
         positions: Positions = "extend",
         want_cls_attention: bool = False,
     ) -> EncoderOutput:
@@ -138,7 +113,6 @@ class AudioMAE(nn.Module):
             x: log-mel [B, 1, T, F], zero past each clip's own frames.
             frame_lengths: int64[B] real frames; None = all T, and no attention mask at all.
             ids_keep: int64[B, K] patches to keep (all when None).
-            visible: bool[B, K], False = a kept column that this clip does not have (see `Masking`).
             positions: past the model's window, `extend` counts on, `interpolate` squeezes the clip into the window.
             want_cls_attention: also return the last block's attention of cls to patches.
 
@@ -153,8 +127,6 @@ class AudioMAE(nn.Module):
             embedded = _take(embedded.expand(len(x), -1, -1), ids_keep)
             if patch_mask is not None:
                 patch_mask = patch_mask.gather(1, ids_keep)
-            if visible is not None:
-                patch_mask = visible if patch_mask is None else patch_mask & visible
         tokens = self.patch_proj(patches) + embedded
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1).to(tokens.dtype), tokens], dim=1)
         if patch_mask is None:
@@ -175,25 +147,19 @@ class AudioMAE(nn.Module):
         real = torch.arange(grid[0], device=frame_lengths.device) < self.step_counts(frame_lengths)[:, None]
         return real.repeat_interleave(grid[1], dim=1)
 
-    def decode(
-        self, tokens: Tensor, ids_restore: Tensor, visible: Tensor | None = None, patch_mask: Tensor | None = None
-    ) -> Tensor:
+    def decode(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
         """Visible tokens [B, 1 + K, D] and the shuffle's inverse int64[B, N] -> predicted patches [B, N, pt * pf]."""
-        decoded = self.decode_tokens(tokens, ids_restore, visible, patch_mask)
+        decoded = self.decode_tokens(tokens, ids_restore)
         assert self.decoder is not None
         return self.decoder.pred(decoded)
 
-    def decode_tokens(
-        self, tokens: Tensor, ids_restore: Tensor, visible: Tensor | None = None, patch_mask: Tensor | None = None
-    ) -> Tensor:
+    def decode_tokens(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
         """As `decode`, up to what the prediction is made from: [B, N, decoder_embed_dim]."""
         decoder = self.decoder
         if decoder is None:
             raise RuntimeError("this AudioMAE has no decoder: it was loaded from an encoder saved for inference")
         x = decoder.embed(tokens)
         kept = x[:, 1:]
-        if visible is not None:
-            kept = torch.where(visible.unsqueeze(-1), kept, decoder.mask_token.to(kept.dtype))
         batch, patches = ids_restore.shape
         hidden = decoder.mask_token.to(x.dtype).expand(batch, patches - kept.shape[1], -1)
         patch_tokens = _take(torch.cat([kept, hidden], dim=1), ids_restore)
@@ -203,45 +169,9 @@ class AudioMAE(nn.Module):
         else:
             embedded = grid_positions(patches // bands, bands, x.shape[2], x.device)
         x = torch.cat([x[:, :1], patch_tokens + embedded], dim=1)
-        attn_mask = None if patch_mask is None else F.pad(patch_mask, (1, 0), value=True)[:, None, None]
         for block in decoder.blocks:
-            x = block(x, attn_mask)
+            x = block(x)
         return decoder.norm(x)[:, 1:]
-
-    def forward(
-        self,
-        x: Tensor,
-        mask_ratio: float | None = None,
-        mask_mode: MaskMode | None = None,
-        generator: torch.Generator | None = None,
-        frame_lengths: Tensor | None = None,
-    ) -> MAEOutput:
-        """One MAE step on log-mel [B, 1, T, F]: hide, encode what is visible, reconstruct, compare where hidden.
-
-        Args:
-            mask_ratio, mask_mode: None = the config's.
-            generator: of x's device, for a repeatable draw.
-            frame_lengths: int64[B]; padding is neither kept, nor attended to, nor reconstructed.
-        """
-        config = self.config
-        grid = self.grid(x.shape[2])
-        count = grid[0] * grid[1]
-        patch_mask = None if frame_lengths is None else self.patch_mask(frame_lengths.to(x.device), grid)
-        drawn = random_masking(
-            torch.ones(len(x), count, dtype=torch.bool, device=x.device) if patch_mask is None else patch_mask,
-            grid,
-            config.mask_ratio if mask_ratio is None else mask_ratio,
-            mask_mode or config.mask_mode,
-            generator,
-        )
-        visible = None if patch_mask is None else drawn.visible
-        encoded = self.encode(x, ids_keep=drawn.ids_keep, visible=visible)
-        pred = self.decode(encoded.tokens, drawn.ids_restore, visible, patch_mask)
-        target = self.patchify(x)
-        loss = mae_loss(pred, target, drawn.mask, config.norm_pix_loss)
-        return MAEOutput(
-            loss, pred, target, drawn.mask, encoded.tokens, encoded.token_mask, drawn.ids_keep, drawn.ids_restore
-        )
 
     def _positions(
         self, grid: tuple[int, int], frame_lengths: Tensor | None, positions: Positions, device: torch.device

@@ -24,12 +24,12 @@ from audiomae.training.loop import ENCODER_DIR, TrainLoop
 from audiomae.training.recipe import CheckpointingConfig, Recipe
 
 NOTHING_TO_RESUME = CheckpointingConfig(every_epochs=10**9)
-BASELINES = {"mfcc": mfcc_statistics, "logmel": logmel_statistics}
+HAND_MADE = {"mfcc": mfcc_statistics, "logmel": logmel_statistics}
 
 
 def sample_rate_of(unit: Mapping[str, Any]) -> int:
     """The rate at which a unit wants the corpus' audio."""
-    if unit["method"] in BASELINES:
+    if unit["method"] in HAND_MADE:
         return SAMPLE_RATE
     return build_config(Recipe, unit["config"]).encoder.features.sample_rate
 
@@ -65,8 +65,8 @@ def run_unit(
     audio = {uri: clip for reference in chunks for uri, clip in ray.get(reference).items()}
     clips = [audio[uri] for uri in listing["uri"].to_pylist()]
     about: dict[str, Any] = {}
-    if unit["method"] in BASELINES:
-        vectors = centred([BASELINES[unit["method"]](clip) for clip in clips])
+    if unit["method"] in HAND_MADE:
+        vectors = centred([HAND_MADE[unit["method"]](clip) for clip in clips])
     else:
         encoder, about = _encoder(unit, config, out, listing, cached)
         vectors = encoder.embed(clips)
@@ -90,7 +90,7 @@ def encoder_dir(out: str, row: str, unit: Mapping[str, Any]) -> Any:
 def _encoder(
     unit: Mapping[str, Any], config: Recipe, out: str, listing: pa.Table, cached: tuple[str, pa.Table] | None
 ) -> tuple[AudioEncoder, dict[str, Any]]:
-    """The encoder that the unit's method gives, and what is worth telling of its training."""
+    """The encoder that the unit's method gives, and the figures of its training's last epoch."""
     if unit["method"] == "untrained":
         return AudioEncoder.from_config(config.encoder, config.seed), {}
     if unit["method"] == "reuse":

@@ -110,8 +110,8 @@ def test_head_on_visible_tokens_of_a_masked_step():
         EncoderConfig(backbone=DEBUG, projection=ProjectionConfig(dim=8)), with_decoder=True
     )
     x, frames = encoder.features(torch.randn(2, 32_000), torch.tensor([32_000, 9_000]))
-    step = encoder.backbone(x, frame_lengths=frames)
-    vectors = encoder.head(step.tokens, step.token_mask)
+    seen = encoder.backbone.encode(x, frames, ids_keep=torch.arange(20).expand(2, -1))
+    vectors = encoder.head(seen.tokens, seen.token_mask)
     assert vectors.shape == (2, 8)
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
 

@@ -31,9 +31,9 @@ def ids(uris: list[str]) -> np.ndarray:
     return np.array([clip_id(uri, 0.0, 0.0) for uri in uris])
 
 
-def plan(index: Path, sets: list[EmbeddingSet], delete: np.ndarray = NONE, **settings: object) -> Plan | None:
+def plan(index_dir: Path, sets: list[EmbeddingSet], delete: np.ndarray = NONE, **settings: object) -> Plan | None:
     options = BuildOptions(**{"recall": 0} | settings)  # type: ignore[arg-type]
-    return make_plan(sets, release.resolve_or_none(index), Request(delete), options)
+    return make_plan(sets, release.resolve_or_none(index_dir), Request(delete), options)
 
 
 def indexed(index: Path) -> set[str]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from audiomae import storage
 from audiomae.artifacts import releases as release
-from audiomae.artifacts.embeddings import EmbeddingSet, ShardOrigin, ShardTables, commit_shard, write_run
+from audiomae.artifacts.embeddings import EmbeddingSet, ShardOrigin, ShardTables, commit_shard, plans, write_run
 from audiomae.artifacts.releases import Release
 from audiomae.artifacts.tables import EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
@@ -72,7 +72,7 @@ def make_set(
     }
     run = {"fingerprint": fingerprint, "dim": vectors.shape[1], "encoder": encoder, "corpus_root": root}
     write_run(directory, run)
-    storage.write_json(directory / "manifest" / f"plan-{generation:06d}.json", plan)
+    assert plans(directory).create(generation, plan)
     for number, name in enumerate(fresh):
         piece = table.slice(edges[number], edges[number + 1] - edges[number]).cast(schema)
         origin = ShardOrigin(inputs=piece.num_rows, audio_s=0.0, fingerprint=fingerprint, manifest="m")

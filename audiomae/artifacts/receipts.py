@@ -122,6 +122,16 @@ def read(path: Location, fix: str = RESTORE) -> Receipt:
     return Receipt.decode(read_sealed(path, fix=fix), path)
 
 
+def read_result(path: Location, unsealed: Collection[str] = (), fix: str = RESTORE) -> Receipt:
+    """The receipt at `path`; a file of an older version that had only facts, with these keys, is one without files.
+
+    Raises:
+        FileNotFoundError, IntegrityError: as `read` does.
+    """
+    value = read_sealed(path, unsealed, fix)
+    return Receipt.decode(value, path) if "facts" in value else Receipt({}, value)
+
+
 def withdraw(path: Location) -> None:
     """Take a receipt back before its files are written anew."""
     remove(path)
@@ -144,14 +154,15 @@ def read_file(root: Location, name: str, receipt: Receipt, fix: str = RESTORE) -
     return data
 
 
-def verify_file(root: Location, name: str, entry: FileEntry, fix: str = RESTORE) -> None:
-    """Check one stored file in bounded memory. IntegrityError as for `read_file`."""
+def verify_file(root: Location, name: str, entry: FileEntry, fix: str = RESTORE) -> int:
+    """Check one stored file in bounded memory; its bytes. IntegrityError as for `read_file`."""
     path = to_path(root) / name
     try:
         got = entry_of_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path, fix) from None
     entry.check(path, got, fix)
+    return got.bytes or 0
 
 
 def verify(root: Location, receipt: Receipt, names: Iterable[str] | None = None, fix: str = RESTORE) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from upath import UPath
 
+from audiomae.artifacts import receipts
 from audiomae.config import build_config
 from audiomae.errors import ConfigError, IntegrityError
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, EncoderOutput
@@ -33,14 +34,15 @@ from audiomae.model.encoder_files import (
     TEXT_SUBDIR,
     WEIGHTS_FILE,
     load_text_tower,
-    read_weights,
+    read_saved,
     save_text_tower,
+    write_receipt,
 )
 from audiomae.model.features import LogMel
 from audiomae.model.pooling import Pooling, PoolingName
 from audiomae.model.text import TextTower
 from audiomae.model.vit import SpectrogramViT, SpectrogramViTConfig
-from audiomae.storage import read_json, to_path, write_bytes, write_json
+from audiomae.storage import to_path, write_bytes, write_json
 
 DECODER = "backbone.decoder."
 Clip = str | PathLike[str] | np.ndarray | Tensor
@@ -122,14 +124,14 @@ class AudioEncoder(nn.Module):
     @classmethod
     def _load_dir(cls, uri: str, with_decoder: bool) -> "AudioEncoder":
         path = to_path(uri)
-        if not (path / CONFIG_FILE).exists():
+        try:
+            saved, weights = read_saved(path)
+        except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(
                 f"{uri}: no encoder here ({CONFIG_FILE} not found); expected a directory written by AudioEncoder.save, "
                 "or official:PATH, timm:NAME, timm:local-dir:PATH"
-            )
-        saved = read_json(path / CONFIG_FILE)
+            ) from None
         config = build_config(EncoderConfig, as_saved(saved.get("config", {})))
-        weights = read_weights(path / WEIGHTS_FILE)
         if with_decoder and not any(name.startswith(DECODER) for name in weights):
             raise ConfigError(f"{uri}: with_decoder=True, but the encoder was saved without its decoder")
         if not with_decoder:
@@ -145,8 +147,9 @@ class AudioEncoder(nn.Module):
         return encoder
 
     def save(self, directory: str | PathLike[str], with_decoder: bool = False) -> None:
-        """Write `config.json` and `model.safetensors` (and `text/` with a text tower) to a local or s3:// directory."""
+        """Write `config.json`, `model.safetensors`, `text/` with a text tower, last the receipt, locally or to S3."""
         target = to_path(directory)
+        receipts.withdraw(target / receipts.RECEIPT_FILE)
         self._known_fingerprint = None
         weights = {
             name: value.detach().cpu().contiguous()
@@ -166,6 +169,7 @@ class AudioEncoder(nn.Module):
                 "window_s": self.window_s,
             },
         )
+        write_receipt(target, self.fingerprint)
 
     # --- facts ------------------------------------------------------------------------------------------------------
 

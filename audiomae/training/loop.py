@@ -5,6 +5,7 @@ state of a run is therefore weights, optimiser moments and the step number: a ru
 what an undisturbed one computes from step k, given the same number of workers and threads.
 """
 
+import contextlib
 import math
 import tempfile
 import time
@@ -21,11 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from audiomae.artifacts import receipts
 from audiomae.artifacts.features import FeatureStore
 from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.errors import ConfigError
 from audiomae.model.devices import pick_precision
 from audiomae.model.encoder import AudioEncoder
+from audiomae.storage import list_sizes
 from audiomae.training import schedule
 from audiomae.training.augment import augment
 from audiomae.training.data import Batch, Loader
@@ -37,6 +40,7 @@ from audiomae.training.sampling import Sampler
 from audiomae.training.validation import Validator
 
 STATE_FILE, ENCODER_DIR = "state.pt", "encoder"
+FIX_CHECKPOINT = "restore it, or start another --name"
 MASKS, AUGMENTATION = 0, 1  # what a generator is for
 
 
@@ -342,8 +346,12 @@ class TrainLoop:
             "records": self.records,
         }
         torch.save(state, folder / STATE_FILE)
+        receipt = receipts.describe(folder, list_sizes(folder), {"step": self.step})
+        receipts.create(folder / receipts.RECEIPT_FILE, receipt)
 
     def _load(self, folder: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # checkpoints of older versions have no receipt
+            receipts.verify(folder, receipts.read(folder / receipts.RECEIPT_FILE, FIX_CHECKPOINT), fix=FIX_CHECKPOINT)
         state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])

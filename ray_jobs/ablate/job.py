@@ -14,7 +14,7 @@ from audiomae.cli import Progress
 from audiomae.config import build_config, flat, nearest, resolve_tree
 from audiomae.corpus.paths import is_s3, join
 from audiomae.errors import UserError
-from audiomae.storage import read_json, sha256_bytes, sha256_file, to_path, write_bytes
+from audiomae.storage import sha256_bytes, sha256_file, to_path, write_bytes
 from audiomae.training.recipe import Recipe
 from ray_jobs._ray import connect
 from ray_jobs.ablate.rows import Row, Unit, config_trees, load_rows, plan_units, selected
@@ -88,12 +88,9 @@ def _corpus_hash(root: str, listing: pa.Table, label: str, fold_column: str) -> 
 
 def _finished(out: str, unit: Unit) -> bool:
     """Whether the unit's result is there, made from the very same configs and corpus."""
-    from ray_jobs.ablate.unit import encoder_dir, result_path
+    from ray_jobs.ablate.unit import read_result
 
-    path = result_path(out, unit.as_dict())
-    if not path.exists() or read_json(path)["key"] != unit.key:
-        return False
-    return not unit.keep_encoder or (encoder_dir(out, unit.row, unit.as_dict()) / "config.json").exists()
+    return read_result(out, unit.as_dict()) is not None
 
 
 def _run(
@@ -256,15 +253,15 @@ class _Table:
 
     def _results(self) -> Iterator[Any]:
         from audiomae.evaluation.ablation import RowResults
-        from ray_jobs.ablate.unit import result_path
+        from ray_jobs.ablate.unit import read_result
 
         out = str(to_path(self.config.out))
         for name, row in self.rows.items():
             units = [unit for unit in self.units if unit.row == name]
             runs = {
-                (unit.fold, unit.seed): read_json(result_path(out, unit.as_dict()))
+                (unit.fold, unit.seed): result
                 for unit in units
-                if _finished(out, unit)
+                if (result := read_result(out, unit.as_dict())) is not None
             }
             if not runs and name not in self.names:
                 continue

@@ -11,19 +11,22 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from audiomae.artifacts import receipts
 from audiomae.config import build_config
 from audiomae.corpus.decode import decode
 from audiomae.corpus.manifest import open_source
-from audiomae.errors import DecodeError
+from audiomae.errors import DecodeError, IntegrityError
 from audiomae.evaluation.baselines import SAMPLE_RATE, centred, logmel_statistics, mfcc_statistics
 from audiomae.metrics import mean_values, score_protocol
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.storage import copy_tree, to_path, write_json
+from audiomae.storage import copy_tree, list_sizes, to_path
 from audiomae.training.items import build_items
 from audiomae.training.loop import ENCODER_DIR, TrainLoop
 from audiomae.training.recipe import CheckpointingConfig, Recipe
 
 NOTHING_TO_RESUME = CheckpointingConfig(every_epochs=10**9)
+# the keys of results of older versions
+UNSEALED = frozenset({"metrics", "queries", "row", "fold", "seed", "method", "key", "training", "dim", "seconds"})
 HAND_MADE = {"mfcc": mfcc_statistics, "logmel": logmel_statistics}
 
 
@@ -73,13 +76,45 @@ def run_unit(
     result = _scored(vectors, listing, str(config.data.label), fold_column, str(unit["fold"]))
     result |= {name: unit[name] for name in ("row", "fold", "seed", "method", "key")}
     result |= {"training": about, "dim": int(vectors.shape[1]), "seconds": round(time.monotonic() - started, 1)}
-    write_json(result_path(out, unit), result)
+    commit_result(out, unit, result)
     return result
 
 
 def result_path(out: str, unit: Mapping[str, Any]) -> Any:
     """Where a unit's result is committed."""
     return to_path(out) / "results" / unit["row"] / f"fold-{unit['fold']}-seed-{unit['seed']}.json"
+
+
+def commit_result(out: str, unit: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Write a unit's result in place of one of another config or corpus; it names the encoder that was kept, if any."""
+    names = []
+    if unit["keep_encoder"]:
+        folder = encoder_dir(out, unit["row"], unit)
+        below = folder.path.removeprefix(to_path(out).path).strip("/")
+        names = [f"{below}/{name}" for name in list_sizes(folder)]
+    path = result_path(out, unit)
+    receipts.withdraw(path)
+    receipts.create(path, receipts.describe(out, names, result))
+
+
+def read_result(out: str, unit: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A unit's result, if it was made from the very same configs and corpus and its encoder is whole; else None.
+
+    A damaged one is said and measured again.
+    """
+    path = result_path(out, unit)
+    try:
+        receipt = receipts.read_result(path, UNSEALED)
+        if receipt.facts.get("key") != unit["key"]:
+            return None
+        receipts.verify(out, receipt)
+    except FileNotFoundError:
+        return None
+    except IntegrityError as error:
+        print(f"measured again: {error}")
+        return None
+    is_kept = not unit["keep_encoder"] or (encoder_dir(out, unit["row"], unit) / "config.json").exists()
+    return dict(receipt.facts) if is_kept else None
 
 
 def encoder_dir(out: str, row: str, unit: Mapping[str, Any]) -> Any:

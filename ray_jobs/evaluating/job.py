@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from audiomae.artifacts import receipts
 from audiomae.artifacts.embeddings import EmbeddingSet
 from audiomae.cli import Progress
-from audiomae.errors import ColumnError, ConfigError, UserError
+from audiomae.errors import ColumnError, ConfigError, IntegrityError, UserError
 from audiomae.evaluation.baselines import BASELINES, RANDOM, centred, corpus_vectors
 from audiomae.evaluation.cautions import cautions, hubness, trained_files
 from audiomae.evaluation.rows import LabelledRows, read_rows
@@ -94,10 +95,19 @@ def _options(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _finished(out: Any, inputs: str) -> dict[str, Any] | None:
-    if not (out / "metrics.json").exists():
+    """What metrics.json holds, when it was made from these inputs and nothing of the evaluation is damaged."""
+    try:
+        receipt = receipts.read(out / receipts.RECEIPT_FILE)
+        if receipt.facts.get("inputs") != inputs:
+            return None
+        receipts.verify(out, receipt)
+    except FileNotFoundError:
         return None
-    stored = read_json(out / "metrics.json")
-    return stored if stored.get("inputs") == inputs else None
+    except IntegrityError as error:
+        print(f"made again: {error}")
+        return None
+    stored: dict[str, Any] = read_json(out / "metrics.json")
+    return stored
 
 
 def _baseline_rows(
@@ -167,7 +177,7 @@ def _write(
     config: EvaluateConfig,
     inputs: str,
 ) -> dict[str, Any]:
-    """Pictures, report, and last metrics.json, which marks the evaluation as finished; returns what that holds."""
+    """Pictures, report, metrics.json, and last the receipt; returns what metrics.json holds."""
     from audiomae.evaluation.report import corpus_reader, draw_plots, render_report, worst_queries
 
     hubs = hubness(runs[0])
@@ -181,7 +191,9 @@ def _write(
     }
     pictures = draw_plots(runs, config.map, config.seed)
     worst = worst_queries(runs[0], corpus_reader(embeddings.corpus_root), config.worst_queries)
-    for name, data in [*pictures.items(), *((f"worst_{i + 1}", query.picture) for i, query in enumerate(worst))]:
+    images = pictures | {f"worst_{i + 1}": query.picture for i, query in enumerate(worst)}
+    receipts.withdraw(out / receipts.RECEIPT_FILE)
+    for name, data in images.items():
         write_bytes(out / "plots" / f"{name}.png", data)
     write_bytes(out / "report.html", render_report(runs, comparisons, pictures, worst, facts, notes).encode())
     metrics = {
@@ -196,6 +208,8 @@ def _write(
         "inputs": inputs,
     }
     write_json(out / "metrics.json", metrics)
+    names = ["metrics.json", "report.html", *(f"plots/{name}.png" for name in images)]
+    receipts.create(out / receipts.RECEIPT_FILE, receipts.describe(out, names, {"inputs": inputs}))
     return metrics
 
 

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from audiomae.artifacts import runs
 from audiomae.artifacts.features import FeatureStore
 from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.cli import Progress
@@ -46,7 +47,7 @@ from ray_jobs.training.fitting import fitted
 from ray_jobs.training.nodes import choose_workers, collectives, scaling, worker_device
 
 MAY_CHANGE = ("workers", "checkpoint")
-PROGRESS_FILE, RECEIPT = "progress.json", "train.json"
+PROGRESS_FILE = "progress.json"
 PROGRESS_EVERY_S = 2.0
 MOST_COMPARED = 20_000  # clips
 
@@ -56,8 +57,8 @@ def run(config: TrainConfig) -> TrainResult:
     folder = to_path(config.storage) / config.name
     config = fitted(config, folder)
     _check_config(folder, config.training)
-    if (folder / RECEIPT).exists():
-        receipt = read_json(folder / RECEIPT)
+    receipt = runs.read_finished(folder)
+    if receipt is not None:
         print(f"already finished: {folder / 'encoder'} ({_summary(receipt)})")
         return _result(folder, receipt, resumed=True)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -74,7 +75,7 @@ def run(config: TrainConfig) -> TrainResult:
         raise UserError(_stop_message(result))
     receipt = _export(folder, config, result) | {"clips": prepared.clips, "failed_files": prepared.failed_files}
     receipt["seconds"] = round(time.monotonic() - started, 1)
-    write_json(folder / RECEIPT, receipt)
+    runs.finish(folder, receipt)
     print(f"trained: {folder / 'encoder'} ({_summary(receipt)})")
     return _result(folder, receipt)
 

@@ -180,7 +180,7 @@ def test_saved_encoder_loads_and_embeds_the_same(tmp_path):
     sounds = clips(50_000, 3_000)
     assert (again.embed(sounds) == encoder.embed(sounds)).all()
     assert (again.fingerprint, again.dim, again.config) == (encoder.fingerprint, 24, encoder.config)
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["config.json", "model.safetensors", "receipt.json"]
     assert not again.training
 
 
@@ -195,6 +195,7 @@ def test_fingerprint_is_the_same_in_every_process_and_release():
 def test_an_encoder_saved_before_a_setting_existed_loads_as_it_was(tmp_path):
     encoder = make(features=FeatureConfig(range_db=None))
     encoder.save(tmp_path / "old")
+    (tmp_path / "old" / "receipt.json").unlink()  # encoders had none then
     path = tmp_path / "old" / "config.json"
     saved = json.loads(path.read_text())
     for later in ("centred", "crops"):
@@ -238,8 +239,25 @@ def test_fingerprint_follows_training():
     assert encoder.fingerprint == before
 
 
-def test_changed_weights_are_refused(tmp_path, encoder):
+def test_a_file_that_is_not_what_the_receipt_says_is_refused_by_name(tmp_path, encoder):
     encoder.save(tmp_path)
+    for name in ("config.json", "model.safetensors", "receipt.json"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-1] + b"!")
+        with pytest.raises(IntegrityError, match=rf"{name}: damaged"):
+            AudioEncoder.load(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    assert AudioEncoder.load(tmp_path).fingerprint == encoder.fingerprint
+
+
+def save_without_receipt(encoder, folder):
+    """As older versions saved it."""
+    encoder.save(folder)
+    (folder / "receipt.json").unlink()
+
+
+def test_changed_weights_are_refused(tmp_path, encoder):
+    save_without_receipt(encoder, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["backbone.norm.weight"][0] += 1e-3
     save_file(weights, tmp_path / "model.safetensors")
@@ -248,7 +266,7 @@ def test_changed_weights_are_refused(tmp_path, encoder):
 
 
 def test_changed_config_is_refused(tmp_path, encoder):
-    encoder.save(tmp_path)
+    save_without_receipt(encoder, tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     saved["config"]["features"]["f_min"] = 20.0
     (tmp_path / "config.json").write_text(json.dumps(saved))
@@ -261,7 +279,7 @@ def test_changed_config_is_refused(tmp_path, encoder):
 
 
 def test_damaged_directory_is_explained(tmp_path, encoder):
-    encoder.save(tmp_path)
+    save_without_receipt(encoder, tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(IntegrityError, match="not a whole safetensors file"):

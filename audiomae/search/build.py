@@ -36,7 +36,7 @@ from audiomae.errors import IntegrityError, ReleaseConflictError, UserError
 from audiomae.search import index as ann
 from audiomae.search import segments
 from audiomae.search import tuning as recall
-from audiomae.search.build_plan import OldRows, Part, Plan, SegmentPlan, Slice
+from audiomae.search.build_plan import BuildPlan, OldRows, Part, SegmentPlan, Slice
 from audiomae.search.indexed import BLOCKED_FILE, DELETED_FILE
 from audiomae.search.items import ItemsTable, ItemsWriter
 from audiomae.search.layout import MAP_FILE, write_map
@@ -89,7 +89,7 @@ class Place:
 
 
 def run_build(
-    work: Plan,
+    work: BuildPlan,
     index_dir: str,
     config: BuildOptions,
     run: Runner,
@@ -131,7 +131,7 @@ def _is_overtaken(index_dir: str, base: Release | None) -> bool:
 
 
 def _build(
-    work: Plan,
+    work: BuildPlan,
     place: Place,
     config: BuildOptions,
     run: Runner,
@@ -213,7 +213,7 @@ def _read_slice(piece: Slice, keep: np.ndarray) -> tuple[pa.Table, np.ndarray]:
 # --- the quantiser and lists ------------------------------------------------------------------------------------------
 
 
-def _quantiser(work: Plan, place: Place, config: BuildOptions, run: Runner) -> str:
+def _quantiser(work: BuildPlan, place: Place, config: BuildOptions, run: Runner) -> str:
     """The name of the quantiser that the new segments go by; empty for other kinds of index."""
     if work.spec.kind != "ivf":
         return ""
@@ -263,7 +263,7 @@ def held_out(ids: np.ndarray) -> np.ndarray:
     return ids % HELD_OUT == 0
 
 
-def _to_assign(work: Plan, place: Place, quantiser: str) -> list[tuple[Any, ...]]:
+def _to_assign(work: BuildPlan, place: Place, quantiser: str) -> list[tuple[Any, ...]]:
     """The calls of `assign_rows`: every part, and older segments when there is a new quantiser, piece by piece."""
     calls: list[tuple[Any, ...]] = []
     for plan in work.made:
@@ -345,7 +345,7 @@ def _find_lists(piece: OldRows | Part, place: Place, quantiser: str) -> np.ndarr
 
 
 def _measure(
-    work: Plan, place: Place, config: BuildOptions, run: Runner, made: tuple[list[str], list[int], str]
+    work: BuildPlan, place: Place, config: BuildOptions, run: Runner, made: tuple[list[str], list[int], str]
 ) -> tuple[IndexSpec, dict[str, Any]]:
     """Search settings and the recall they reach: tuned, checked after a small change, or those in force."""
     names, rows, quantiser = made
@@ -427,7 +427,7 @@ def _release(
 # --- the map ----------------------------------------------------------------------------------------------------------
 
 
-def _map(work: Plan, place: Place, run: Runner, made: tuple[list[str], list[int], str]) -> bytes:
+def _map(work: BuildPlan, place: Place, run: Runner, made: tuple[list[str], list[int], str]) -> bytes:
     """The map of the release: drawn again when there are new rows, else that in force without what was deleted."""
     task = recall.Task(tuple(made[0]), tuple(made[1]), made[2], work.spec, 0, 0, 0)
     before = None

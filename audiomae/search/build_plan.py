@@ -89,7 +89,7 @@ class SegmentPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """What a build has to do.
 
     Attributes:
@@ -172,7 +172,7 @@ class _Rows:
 
 def make_plan(
     sets: Sequence[EmbeddingSet], base: Release | None, request: Request, config: BuildOptions
-) -> Plan | None:
+) -> BuildPlan | None:
     """Compare what is embedded with what is indexed; None when the release in force has it all.
 
     Shards are recognised by their SHA-256, so a set that moved is not indexed again. A row whose id is indexed already
@@ -220,7 +220,7 @@ def make_plan(
         reason = f"rebuilds {base.version}: {rebuild}" if base else rebuild
     deleted = old.deleted_rows(kept)
     trains = bool(rebuild) and spec.kind == "ivf"
-    return Plan(base, kept, made, trains, spec, corpora, deleted, blocked, reason, tuple(notes))
+    return BuildPlan(base, kept, made, trains, spec, corpora, deleted, blocked, reason, tuple(notes))
 
 
 def _new_blocked(old: Indexed, request: Request, notes: list[str]) -> np.ndarray:

@@ -18,7 +18,7 @@ from audiomae.errors import IntegrityError, ReleaseConflictError
 from audiomae.search import build, segments
 from audiomae.search import index as ann
 from audiomae.search.audio_index import AudioIndex
-from audiomae.search.build_plan import Plan, Request, make_plan
+from audiomae.search.build_plan import BuildPlan, Request, make_plan
 from audiomae.search.spec import BuildOptions
 
 DIM, ROWS = 16, 2000
@@ -28,7 +28,7 @@ VECTORS = clusters(ROWS, DIM)
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Plan:
+def work(tmp_path: Path) -> BuildPlan:
     """The first build of two thousand rows, in two parts."""
     embeddings = make_set(tmp_path / "a", VECTORS)
     found = make_plan([embeddings], None, Request(), CONFIG)
@@ -53,7 +53,7 @@ class Killed(BaseException):
     """Stands for a process that ends."""
 
 
-def run(work: Plan, index_dir: Path, last_step: int | None = None) -> list[str]:
+def run(work: BuildPlan, index_dir: Path, last_step: int | None = None) -> list[str]:
     """Carry out the plan, in this process; the names of its steps. Ends before the step of this number."""
     steps: list[str] = []
 
@@ -73,7 +73,9 @@ def run(work: Plan, index_dir: Path, last_step: int | None = None) -> list[str]:
     return steps
 
 
-def test_a_build_that_ends_anywhere_goes_on_where_it_was_and_gives_the_same_bytes(work: Plan, tmp_path: Path) -> None:
+def test_a_build_that_ends_anywhere_goes_on_where_it_was_and_gives_the_same_bytes(
+    work: BuildPlan, tmp_path: Path
+) -> None:
     whole = run(work, tmp_path / "whole")
     assert whole[:2] == ["rows", "rows"] and {"train", "lists", "segments", "recall"} <= set(whole)
     expected = content(tmp_path / "whole")
@@ -91,7 +93,7 @@ def test_a_build_that_ends_anywhere_goes_on_where_it_was_and_gives_the_same_byte
         assert content(index_dir) == expected
 
 
-def test_damaged_pieces_are_made_again(work: Plan, tmp_path: Path) -> None:
+def test_damaged_pieces_are_made_again(work: BuildPlan, tmp_path: Path) -> None:
     run(work, tmp_path / "whole")
     with pytest.raises(Killed):
         run(work, tmp_path / "index", 6)
@@ -116,7 +118,7 @@ def test_the_number_of_parts_does_not_change_the_segment(tmp_path: Path) -> None
     assert set(sums[0]) == set(same)
 
 
-def test_the_training_sample_has_no_held_out_id_and_no_row_twice(work: Plan, tmp_path: Path) -> None:
+def test_the_training_sample_has_no_held_out_id_and_no_row_twice(work: BuildPlan, tmp_path: Path) -> None:
     place = build.Place(str(tmp_path / "index"), "000000")
     for part in work.parts:
         build.write_rows(part, place)
@@ -131,7 +133,7 @@ def test_the_training_sample_has_no_held_out_id_and_no_row_twice(work: Plan, tmp
     assert {row.tobytes() for row in some} <= {row.tobytes() for row in allowed}
 
 
-def test_a_shard_that_changes_meanwhile_is_refused(work: Plan, tmp_path: Path) -> None:
+def test_a_shard_that_changes_meanwhile_is_refused(work: BuildPlan, tmp_path: Path) -> None:
     path = next((tmp_path / "a" / "commits").iterdir())
     receipt = receipts.read(path)
     files = {name: FileEntry("0" * 64) for name in receipt.files}

@@ -15,7 +15,7 @@ from audiomae.corpus.manifest import clip_id
 from audiomae.errors import UserError
 from audiomae.search import index as ann
 from audiomae.search.audio_index import AudioIndex
-from audiomae.search.build_plan import Plan, Request, make_plan
+from audiomae.search.build_plan import BuildPlan, Request, make_plan
 from audiomae.search.items import ItemsWriter
 from audiomae.search.spec import BuildOptions
 
@@ -31,7 +31,7 @@ def ids(uris: list[str]) -> np.ndarray:
     return np.array([clip_id(uri, 0.0, 0.0) for uri in uris])
 
 
-def plan(index_dir: Path, sets: list[EmbeddingSet], delete: np.ndarray = NONE, **settings: object) -> Plan | None:
+def plan(index_dir: Path, sets: list[EmbeddingSet], delete: np.ndarray = NONE, **settings: object) -> BuildPlan | None:
     options = BuildOptions(**{"recall": 0} | settings)  # type: ignore[arg-type]
     return make_plan(sets, release.resolve_or_none(index_dir), Request(delete), options)
 

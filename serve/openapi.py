@@ -51,7 +51,7 @@ def install(app: FastAPI, serving: Callable[[], Serving | None]) -> None:
     def document() -> dict[str, Any]:
         now = serving()
         schema = copy.deepcopy(plain())
-        _, extra = models_json_schema([(model, "validation") for model in MODELS], ref_template=REF)  # type: ignore[arg-type]
+        _, extra = models_json_schema([(model, "validation") for model in MODELS], ref_template=REF)
         components = schema.setdefault("components", {})
         models = components.setdefault("schemas", {})
         models.update(extra["$defs"])

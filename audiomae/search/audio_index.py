@@ -152,9 +152,9 @@ class AudioIndex:
 
     def search_exactly(self, vectors: np.ndarray, k: int = 10) -> Hits:
         """As `search` without filter or groups, but looking everywhere: what an approximate search is measured with."""
-        everywhere = self.spec.model_copy(update={"kind": "flat", "nprobe": self.spec.nlist, "refine": 16})
+        everywhere = self.spec.model_copy(update={"kind": "flat"})
         queries = self._check_queries(vectors, k)
-        return self._hits(*self._searcher.search(queries, k, self._selection_for(None), everywhere))
+        return self._hits(*self._searcher.search(queries, k, self._chosen(None), everywhere))
 
     def item(self, id: int) -> dict[str, Any]:
         """The items-table row of a clip. Raises KeyError when no clip has this id."""

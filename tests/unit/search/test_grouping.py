@@ -110,3 +110,9 @@ def test_equal_uris_of_two_corpora_are_two_files(tmp_path: Path, vectors: np.nda
 def test_columns_that_cannot_be_grouped_by(index: AudioIndex) -> None:
     with pytest.raises(FilterError, match=r"group by 'fil'.*did you mean 'file'"):
         index.search(np.ones(DIM), group_by="fil")
+
+
+def test_an_exact_search_is_a_comparison_with_all(index: AudioIndex, vectors: np.ndarray) -> None:
+    exact = index.search_exactly(vectors[:3], k=5)
+    wanted = np.sort(vectors[:3] @ vectors.T, axis=1)[:, ::-1][:, :5]
+    np.testing.assert_allclose(exact.scores, wanted, atol=2e-3)  # rows are kept as float16

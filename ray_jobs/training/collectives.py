@@ -18,6 +18,6 @@ class CollectivesByDevice(TorchConfig):
 
 
 class _BackendByDevice(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:  # type: ignore[override]  # as Ray's
         cuda = all(worker_group.execute(torch.cuda.is_available))
         super().on_start(worker_group, replace(backend_config, backend="nccl" if cuda else "gloo"))

@@ -26,7 +26,6 @@ def cluster() -> Iterator[Cluster]:
     """A head with 2 CPUs, a node with a GPU, and one with an L4 and a scratch disk; one CPU beside each GPU."""
     with another_cluster(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("RAY_raylet_start_wait_time_s", "180")  # of a busy machine
         cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": MEMORY},

@@ -19,7 +19,7 @@ from ray_jobs.build_index import main
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 DIM = 32
-IVF = ["--set", "flat_max_rows=100"]
+IVF = ["--set", "flat_max_rows=100", "--set", "map=false"]  # the map is drawn where the scan is built
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_killed_build_is_finished_by_the_same_line(tmp_path: Path, encoder: Au
     done = subprocess.run([*line, "releases.gc"], env=env, timeout=120)  # in force, not yet cleaned up
     assert done.returncode == -signal.SIGKILL
     assert {path: path.stat().st_mtime_ns for path in segments} == segments
-    assert build(index_dir, encoder, tmp_path / "a") == 0
+    assert build(index_dir, encoder, tmp_path / "a", extra=["--set", "map=false"]) == 0
     index = AudioIndex.open(index_dir)
     assert len(index) == 1000
     assert {path.name for path in index_dir.iterdir()} <= {"LATEST", "history", "segments", "parts", index.version}
@@ -124,6 +124,7 @@ def test_a_killed_build_is_finished_by_the_same_line(tmp_path: Path, encoder: Au
 
 KILLED = """
 import os, signal, sys
+from audiomae import storage
 from audiomae.artifacts import releases
 from ray_jobs.build_index import main
 from ray_jobs.indexing import job
@@ -131,9 +132,11 @@ directory, encoder, out, point = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(releases, point.partition(".")[2], die)
-job._save_encoder = lambda given, sets, base, fingerprint, target: target.mkdir()
+job._save_encoder = lambda given, sets, base, fingerprint, target: storage.write_json(
+    target / "config.json", {"fingerprint": fingerprint}
+)
 job.run_tasks = lambda label, step, calls: [step(*call) for call in calls]
-main(["--embeddings", directory, "--encoder", encoder, "--out", out])
+main(["--embeddings", directory, "--encoder", encoder, "--out", out, "--set", "map=false"])
 """
 
 

@@ -42,6 +42,7 @@ def make_set(
     generation: int = 0,
     kept: Sequence[str] = (),
     ids: Sequence[int] | None = None,
+    precision: str | None = "float32",
 ) -> EmbeddingSet:
     """An embedding set with these vectors (row i is the whole file `names[i]`), as embed_corpus.py leaves it.
 
@@ -75,7 +76,8 @@ def make_set(
     assert plans(directory).create(generation, plan)
     for number, name in enumerate(fresh):
         piece = table.slice(edges[number], edges[number + 1] - edges[number]).cast(schema)
-        origin = ShardOrigin(inputs=piece.num_rows, audio_s=0.0, fingerprint=fingerprint, manifest="m")
+        made = {"fingerprint": fingerprint, "manifest": "m", "precision": precision}
+        origin = ShardOrigin(inputs=piece.num_rows, audio_s=0.0, **made)
         commit_shard(directory, name, ShardTables(piece), origin)
     return EmbeddingSet.open(directory)
 

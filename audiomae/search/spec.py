@@ -41,6 +41,9 @@ class BuildOptions(StrictConfig):
     filter_queries: int = Field(40, ge=0, description="queries to measure filtered recall with, for every filter")
     map: bool = Field(True, description="draw the map of the sounds that the page shows")
     keep_versions: int = Field(3, ge=1, description="how many versions stay when a build is done")
+    allow_mixed_precision: bool = Field(
+        False, description="index vectors computed in different precisions together; release.json records it"
+    )
     seed: int = Field(0, description="of the training sample and k-means")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from audiomae import storage
 from audiomae.artifacts import releases
-from audiomae.artifacts.embeddings import EmbeddingSet
+from audiomae.artifacts.embeddings import EmbeddingSet, joined_precision
 from audiomae.artifacts.releases import Release
 from audiomae.cli import Progress
 from audiomae.errors import AudioMAEError, IntegrityError, UserError
@@ -36,6 +36,7 @@ def run(config: BuildConfig) -> Release:
     base = releases.resolve_or_none(config.out)
     sets = [_open_set(uri) for uri in config.embeddings]
     fingerprint, dim = _check_same_encoder(sets, base)
+    precision = _check_precision(sets, base, config.allow_mixed_precision)
     request = Request(
         read_ids(config.delete_ids, "--delete-ids"), read_ids(config.undelete, "--undelete"), tuple(config.remove)
     )
@@ -53,7 +54,7 @@ def run(config: BuildConfig) -> Release:
         f"{len(work.made)} to write, {len(work.kept)} stay, {len(work.deleted):,} deleted rows in them",
         file=sys.stderr,
     )
-    facts = {"fingerprint": fingerprint, "dim": dim}
+    facts = {"fingerprint": fingerprint, "dim": dim, "precision": precision}
 
     def save_encoder(target: Path) -> None:
         _save_encoder(config.encoder, sets, base, fingerprint, target)
@@ -130,6 +131,21 @@ def _check_same_encoder(sets: Sequence[EmbeddingSet], base: Release | None) -> t
                 f"{known[0][0]}; embed the corpus again with one encoder, or build into another --out"
             )
     return known[0][1], known[0][2]
+
+
+def _check_precision(sets: Sequence[EmbeddingSet], base: Release | None, mixed: bool) -> str | None:
+    """The precision of all vectors together, as release.json records it; None where no set says it."""
+    known = [(str(s.path), s.precision) for s in sets]
+    if base:
+        known.insert(0, (f"{base.path} (in force)", base.info.get("precision")))
+    joined = joined_precision(name for _, names in known if names for name in names.split("+"))
+    if joined and "+" in joined and not mixed:
+        said = ", ".join(f"{path}: {names or 'not recorded'}" for path, names in known)
+        raise UserError(
+            f"the vectors were computed in different precisions ({said}): embed the corpus again in one of them, build "
+            "into another --out, or allow it with --allow-mixed-precision"
+        )
+    return joined
 
 
 def read_ids(uri: str | None, flag: str) -> np.ndarray:

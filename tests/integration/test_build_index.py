@@ -220,3 +220,16 @@ def test_help_and_exit_status(tmp_path: Path) -> None:
     assert failed.returncode == 1 and failed.stderr.startswith("error: nothing to index")
     usage = subprocess.run([*job, "--out", "x", "--set", "a.b=1"], cwd=root, capture_output=True, text=True)
     assert usage.returncode == 2 and json.dumps(usage.stderr).count("Traceback") == 0
+
+
+def test_vectors_of_two_precisions_are_refused_or_recorded(tmp_path: Path, encoder: AudioEncoder) -> None:
+    for name, precision in (("a", "float32"), ("b", "bfloat16")):
+        vectors, names = clusters(60, DIM, seed=len(name)), [f"{name}{row}.wav" for row in range(60)]
+        make_set(tmp_path / name, vectors, names=names, fingerprint=encoder.fingerprint, precision=precision)
+    index_dir = tmp_path / "index"
+    assert build(index_dir, encoder, tmp_path / "a") == 0
+    assert release.resolve(index_dir).info["precision"] == "float32"
+    with pytest.raises(UserError, match=r"different precisions \(.*float32.*bfloat16.*\): .*--allow-mixed-precision"):
+        build(index_dir, encoder, tmp_path / "a", tmp_path / "b")
+    assert build(index_dir, encoder, tmp_path / "a", tmp_path / "b", extra=["--allow-mixed-precision"]) == 0
+    assert release.resolve(index_dir).info["precision"] == "bfloat16+float32"

@@ -1,7 +1,6 @@
 """The ablation from a listing to its table: trained, reused, continued and classical rows; relaunch; failures."""
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import soundfile as sf
 import yaml
 
+from audiomae.artifacts import receipts
 from audiomae.errors import ConfigError, UserError
 from ray_jobs.ablation import main
 
@@ -85,13 +85,13 @@ def test_rows_of_every_kind_and_a_relaunch_that_does_only_what_is_missing(argume
     assert "broken.wav" in capsys.readouterr().out
     results = tmp_path / "out/results"
     assert len(stamps(results)) == 4 * 2
-    one = json.loads((results / "cls/fold-1-seed-0.json").read_text())
+    one = receipts.read(results / "cls/fold-1-seed-0.json").facts
     assert len(one["queries"]) == 8 and one["metrics"]["mAP"] == pytest.approx(
         np.mean([query["AP"] for query in one["queries"].values()])
     )
-    trained = json.loads((results / "base/fold-1-seed-0.json").read_text())["training"]
+    trained = receipts.read(results / "base/fold-1-seed-0.json").facts["training"]
     assert trained["clips"] == 8 and trained["epoch"] == 2  # the asking fold is not among them
-    assert json.loads((results / "mfcc/fold-2-seed-0.json").read_text())["metrics"]["mAP"] == 1.0
+    assert receipts.read(results / "mfcc/fold-2-seed-0.json").facts["metrics"]["mAP"] == 1.0
     text = (tmp_path / "docs/results.md").read_text()
     assert "| cls pooling | the recipe | 2 |" in text and "the recipe, fold by fold" in text
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from audiomae.artifacts import runs
 from audiomae.errors import ConfigError, UserError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.storage import walk_files
@@ -50,7 +51,7 @@ def finished(ray_cluster, corpus, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_an_encoder_its_records_and_a_receipt(finished):
     encoder = AudioEncoder.load(finished / "encoder", device="cpu")
-    receipt = json.loads((finished / "train.json").read_text())
+    receipt = runs.read_finished(finished)
     assert receipt["fingerprint"] == encoder.fingerprint
     assert receipt["step"] == 4 and receipt["clips"] == 24 and receipt["failed_files"] == 1
     vectors = encoder.embed([np.zeros(16000, np.float32) + 1e-3, np.ones(32000, np.float32)])

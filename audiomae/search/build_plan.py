@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from audiomae import storage
-from audiomae.artifacts.embeddings import EmbeddingSet, ShardReceipt
+from audiomae.artifacts.embeddings import EmbeddingSet, ShardReceipt, read_shard
 from audiomae.artifacts.releases import Release
 from audiomae.artifacts.tables import map_ahead
 from audiomae.errors import UserError
@@ -280,8 +281,11 @@ def _add_set(embeddings: EmbeddingSet, corpora: list[dict[str, Any]], new: _Rows
 def _read_ids(embeddings: EmbeddingSet, receipts: Sequence[ShardReceipt]) -> Iterator[np.ndarray]:
     def read(receipt: ShardReceipt) -> np.ndarray:
         path = embeddings.path / receipt.embeddings
-        with path.open("rb") as file:  # a small part of the shard, which is checked whole when its rows are read
-            return pq.read_table(file, columns=["id"], page_checksum_verification=True).column("id").to_numpy()
+        try:
+            with path.open("rb") as file:  # a small part of the shard, which is checked whole when its rows are read
+                return pq.read_table(file, columns=["id"], page_checksum_verification=True).column("id").to_numpy()
+        except (OSError, pa.ArrowException):
+            return read_shard(embeddings.path, receipt, ["id"])["id"].to_numpy()  # or what is wrong with which file
 
     return map_ahead(read, receipts)
 

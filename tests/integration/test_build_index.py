@@ -179,7 +179,7 @@ def test_a_damaged_shard_fails_the_build_with_its_name(tmp_path: Path, encoder: 
     data = bytearray(shard.read_bytes())
     data[200] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(IntegrityError, match=rf"{shard.name}: sha256 \w+, expected \w+"):
+    with pytest.raises(IntegrityError, match=rf"{shard.name}: damaged: got sha256 \w+, expected \w+"):
         build(tmp_path / "index", encoder, tmp_path / "a")
 
 

@@ -313,7 +313,7 @@ def ratios(report: dict[str, Any]) -> dict[str, float]:
 
 def make_index(work: Path) -> str:
     """Two hundred generated sounds, an untrained encoder of the smallest kind, published."""
-    sys.path.insert(0, str(ROOT / "tests" / "integration"))
+    sys.path.insert(0, str(ROOT / "tests"))
     import serving  # type: ignore[import-not-found]
 
     corpus = work / "corpus"

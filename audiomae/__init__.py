@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from audiomae.search.audio_index import AudioIndex
 
 __all__ = ["AudioEncoder", "AudioIndex"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

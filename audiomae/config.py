@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from audiomae.errors import ConfigError
 
-LIKE_ENOUGH, SIBLING_BONUS = 0.7, 0.15  # a misspelt key is more often one of its neighbours than one elsewhere
+LIKE_ENOUGH, SIBLING_BONUS = 0.7, 0.2  # a misspelt key is more often one of its neighbours than one elsewhere
 
 
 class StrictConfig(BaseModel):

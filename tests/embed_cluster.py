@@ -108,23 +108,19 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
     import pyarrow as pa
     import torch
 
-    from audiomae.artifacts.embeddings import EmbedSettings, write_run
+    from audiomae.artifacts.embeddings import write_run
     from audiomae.corpus.manifest import list_corpus
     from audiomae.embedding.decoding import EmbedJob
     from audiomae.embedding.listing import Listing
     from audiomae.embedding.plan import new_plan
     from audiomae.embedding.stages import FusedStage
     from audiomae.model.encoder import AudioEncoder
+    from ray_jobs.configs import EmbedConfig
+    from ray_jobs.embed.job import embed_settings
 
     model, listed = AudioEncoder.load(encoder), list_corpus(str(corpus))
-    settings = EmbedSettings(
-        fingerprint=model.fingerprint,
-        dim=model.dim,
-        sample_rate=model.sample_rate,
-        mode="windows",
-        window_s=window_s,
-        hop_s=window_s,
-    )
+    config = EmbedConfig(encoder=str(encoder), corpus=str(corpus), out=str(out), window_s=window_s)
+    settings, _ = embed_settings(config, model, None, [])
     listing = Listing(listed.batches())
     named = {"encoder": str(encoder), "corpus": str(corpus), "root": listed.root}
     plan = new_plan(out, listing, settings, lambda uris: [None] * len(uris), **named)

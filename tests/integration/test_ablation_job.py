@@ -128,7 +128,7 @@ def test_a_failing_row_is_reported_and_the_others_go_on(arguments, tmp_path, ray
         (["--fold-column", "folds"], UserError, "did you mean 'fold'"),
         (["--folds", "9"], UserError, "column 'fold' has 1, 2"),
         (["--only", "bass"], ConfigError, "did you mean 'base'"),
-        (["--set", "objective.mea=1"], ConfigError, "did you mean 'mae'"),
+        (["--set", "objective.mea=1"], ConfigError, "did you mean 'objective.mae'"),
     ],
 )
 def test_bad_requests_are_explained(arguments, extra, error, message):

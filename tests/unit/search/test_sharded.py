@@ -1,5 +1,6 @@
 """Shards together find what one index finds: in this process, whatever the number of shards, and by Ray actors."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class RemoteShard:
 def test_shards_in_ray_actors(opened: Opened, ray_cluster: None) -> None:
     import ray
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests on their path
     folders, trained, spec = opened
     queries = clusters(20, DIM, seed=9)
     local = [Shard.open(mine, trained, spec, start).search for mine, start in split(folders, [2, 2])]

@@ -136,7 +136,7 @@ def test_clap_trains_audio_text_projection_and_temperature():
         ({"mae": 0.0, "triplet": 1.0, "classes": 0}, "triplet need labels"),
         ({"mae": 0.0, "contrastive": 1.0, "supervised": True, "classes": 0}, "contrastive .* need labels"),
         ({"mae": 0.0, "contrastive": 1.0, "views": 1, "classes": 0}, "set objective.views=2"),
-        ({"mae": 0.0, "clap": 1.0}, "neither captions nor labels"),
+        ({"mae": 0.0, "clap": 1.0, "text": {"dim": 6}}, "neither captions nor labels"),
         ({"mae": 0.0, "clap": 1.0, "captions": torch.zeros(3, 6)}, "no text tower"),
         ({"mae": 1.0, "contrastive": 1.0, "pooling": "freq_concat"}, "set objective.view_tokens=all"),
     ],

@@ -287,7 +287,7 @@ def test_a_spectrogram_vit_is_fine_tuned_layer_by_layer(corpus, tmp_path):
 
 
 def test_a_masked_pass_needs_an_audiomae(corpus, tmp_path):
-    with pytest.raises(ConfigError, match=r"set objective.mae=0 and objective.view_tokens=all"):
+    with pytest.raises(ConfigError, match=r"set objective.mae=0, objective.latent=0 and objective.view_tokens=all"):
         loop(corpus, Host(tmp_path), recipe(encoder={**RECIPE["encoder"], "backbone": VIT}, objective={"mae": 0.0}))
 
 

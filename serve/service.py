@@ -459,6 +459,8 @@ def refusal(error: BaseException) -> BaseException:
         return Problem(404, "unknown_release", str(cause))
     if isinstance(cause, IntegrityError):
         return Problem(409, "release_refused", str(cause))
+    if isinstance(cause, (ActorDiedError, ActorUnavailableError, BackPressureError, DeploymentUnavailableError)):
+        return try_again("replica_lost", error)  # its replacement is starting
     return error
 
 

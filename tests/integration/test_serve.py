@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,9 +56,13 @@ class Service:
         return int(clip)
 
     def reload(self, version: str, token: str = TOKEN) -> httpx.Response:
-        """POST /admin/reload."""
-        headers = {"Authorization": f"Bearer {token}"}
-        return self.http.post("/admin/reload", json={"version": version}, headers=headers)
+        """POST /admin/reload; again, as the answer says, while a killed replica is being replaced."""
+        headers, until = {"Authorization": f"Bearer {token}"}, time.monotonic() + PATIENCE_S
+        while True:
+            reply = self.http.post("/admin/reload", json={"version": version}, headers=headers)
+            if reply.status_code != 503 or time.monotonic() > until:
+                return reply
+            time.sleep(float(reply.headers["Retry-After"]))
 
 
 @pytest.fixture(scope="module")

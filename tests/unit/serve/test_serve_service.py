@@ -219,3 +219,14 @@ def test_an_answer_has_no_more_hits_than_allowed() -> None:
     service = serving(args={"max_hits": 10})
     problem = problem_of(lambda: service.search_vectors([[1.0, 0.0]] * 3, Wanted(k=4)))
     assert (problem.status_code, problem.code) == (422, "too_many_hits")
+
+
+def test_a_reload_while_a_replica_is_replaced_asks_to_try_again() -> None:
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    from serve.service import refusal
+
+    problem = refusal(DeploymentUnavailableError(DeploymentID(name="Encoder", app_name="search")))
+    assert isinstance(problem, Problem) and (problem.status_code, problem.code) == (503, "replica_lost")
+    assert problem.headers == {"Retry-After": "1"}

@@ -492,16 +492,19 @@ def _piece(place: Place, name: str, write: Callable[[Path], dict[str, Any]]) -> 
 
 
 def _receipt_of(place: Place, name: str) -> receipts.Receipt:
-    found = releases.read_piece(place.index, name)
-    if found is None:
-        raise IntegrityError(f"{place.path(name)}: not there any more; run the same command again")
-    return found[0]
+    return _finished(place, name)[0]
 
 
 def _checksum_of(place: Place, name: str) -> str:
+    return _finished(place, name)[1]
+
+
+def _finished(place: Place, name: str) -> tuple[receipts.Receipt, str]:
+    """The receipt of a finished piece and its checksum; IntegrityError when another build's clean-up has removed it."""
     found = releases.read_piece(place.index, name)
-    assert found is not None
-    return found[1]
+    if found is None:
+        raise IntegrityError(f"{place.path(name)}: not there any more; run the same command again")
+    return found
 
 
 @contextmanager

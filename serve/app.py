@@ -10,7 +10,7 @@ import click
 from ray import serve
 
 from audiomae import storage
-from audiomae.artifacts import releases as releases
+from audiomae.artifacts import releases
 from audiomae.config import build_config
 from audiomae.errors import ConfigError, IntegrityError, UserError
 from serve import front

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from audiomae import storage
-from audiomae.artifacts import releases as releases
+from audiomae.artifacts import releases
 from audiomae.model.encoder import AudioEncoder
 from serve.arguments import ServeArgs
 from serve.audio import decode_query

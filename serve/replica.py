@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from audiomae.artifacts import releases as releases
+from audiomae.artifacts import releases
 from audiomae.errors import IntegrityError, UserError
 from serve import media
 from serve.arguments import ServeArgs

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from ray.experimental import internal_kv
 
 from audiomae import storage
-from audiomae.artifacts import releases as releases
+from audiomae.artifacts import releases
 from audiomae.errors import IntegrityError
 
 T = TypeVar("T")

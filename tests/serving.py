@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 
-from audiomae.artifacts import releases as releases
+from audiomae.artifacts import releases
 from audiomae.corpus.manifest import clip_id
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig

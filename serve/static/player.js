@@ -11,8 +11,6 @@ const tell = () => watchers.forEach((watcher) => watcher(current, audio));
 
 export const watch = (watcher) => watchers.add(watcher);
 export const onMove = (mover) => { move = mover; };
-export const playing = () => (current && !audio.paused ? current.key : null);
-export const isCurrent = (key) => current?.key === key;
 
 export async function play(sound, at = sound.at ?? 0) {
   const same = current?.key === sound.key && current.url === sound.url;
@@ -48,10 +46,6 @@ export function toggle(sound = current) {
 
 export function nudge(by) {
   if (current) audio.currentTime = Math.max(0, audio.currentTime + by);
-}
-
-export function stop() {
-  audio.pause();
 }
 
 const clock = (value) => `${Math.floor(value / 60)}:${String(Math.floor(value % 60)).padStart(2, "0")}`;

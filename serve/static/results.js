@@ -10,7 +10,6 @@ let handlers = {};
 
 export const on = (given) => { handlers = given; };
 export const current = () => shown[at]?.hit ?? null;
-export const count = () => shown.length;
 
 export function loading(rows) {
   if (shown.length) return; // what was found before stays until there is something better

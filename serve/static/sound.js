@@ -30,8 +30,6 @@ export function fit(canvas) {
   return canvas.getContext("2d");
 }
 
-const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
-
 function cssColour(element, name) {
   const probe = document.createElement("i");
   probe.style.color = `var(${name})`;
@@ -122,4 +120,3 @@ function magma(level) {
 
 export const seconds = (value) => (value < 60 ? `${value.toFixed(1)} s`
   : `${Math.floor(value / 60)}:${String(Math.floor(value % 60)).padStart(2, "0")}`);
-export { colourOf };

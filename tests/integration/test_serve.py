@@ -24,7 +24,7 @@ import soundfile
 from ray import serve
 from serving import PATIENCE_S, RATE, as_file, make_corpus, make_encoder, publish_release, running_service, sound
 
-from audiomae.artifacts import releases as releases
+from audiomae.artifacts import releases
 from audiomae.model.text import TextConfig
 from audiomae.storage import read_json
 from ray_jobs import demo_queries

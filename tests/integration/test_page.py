@@ -234,6 +234,7 @@ def test_everything_can_be_done_from_the_keyboard(page: Page, site: Site) -> Non
     is_playing(page)
     page.keyboard.press("+")
     expect(page.locator("#examples-row .chip")).to_have_count(1)
+    expect(page.locator("#status")).to_contain_text("11 sounds like")  # the example itself is no answer
     page.keyboard.press("?")
     expect(page.locator("#help")).to_be_visible()
     page.keyboard.press("Escape")

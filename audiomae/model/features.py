@@ -1,6 +1,6 @@
 """Waveform -> normalised log-mel spectrogram, batched, on the model's device, blind to padding.
 
-Two front ends: `logmel` (torchaudio's mel scale, centred frames: the official AudioMAE++ features are its defaults
+Two front ends: `logmel` (the HTK mel scale, centred frames: the official AudioMAE++ features are its defaults
 with `drop_last_frame=False`) and `kaldi` (Kaldi filter banks, as AudioMAE and AST were trained on). Time is the first
 axis of a spectrogram everywhere in the product: `[B, 1, T, F]`.
 """
@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor, nn
 from torchaudio.compliance import kaldi
 
 from audiomae.model.encoder_config import FeatureConfig
+from audiomae.model.mel import htk_bank
 
 LOG_FLOOR = torch.finfo(torch.float32).eps
 MIN_STD = 1e-2  # below any real recording's log-mel deviation: digital silence maps to zeros, not to amplified rounding
@@ -52,10 +52,8 @@ class LogMel(nn.Module):
                 config.n_mels, self._fft_size, config.sample_rate, config.f_min, config.f_max, 100.0, -500.0, 1.0
             )
             return window, F.pad(bank, (0, 1)).T
-        mel_bank = torchaudio.functional.melscale_fbanks(
-            config.n_fft // 2 + 1, config.f_min, config.f_max, config.n_mels, config.sample_rate
-        )
-        return torch.hann_window(config.win_length), mel_bank
+        bank = htk_bank(config.n_fft // 2 + 1, config.f_min, config.f_max, config.n_mels, config.sample_rate)
+        return torch.hann_window(config.win_length), torch.from_numpy(bank)
 
     @property
     def _fft_size(self) -> int:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from audiomae.search.hits import Hits, Members, best_per_group
 from audiomae.search.indexed import DELETED_FILE, NONE, IndexedSegment, segment_folders
 from audiomae.search.items import ItemsTable
 from audiomae.search.layout import MAP_FILE
-from audiomae.search.searcher import Chosen, Searcher
+from audiomae.search.scanning import Outline
+from audiomae.search.searcher import Chosen, Searcher, open_quantiser
 from audiomae.search.segments import IDS_FILE
+from audiomae.search.sharded import Divided, Shards, needed_to_ask
 from audiomae.search.spec import IndexSpec
 from audiomae.storage import Location, read_json
 
@@ -29,7 +31,7 @@ class AudioIndex:
     hits = index.search(encoder.embed(["rain.wav"]), k=10, filter={"label": "rain"}, group_by="uri")
     """
 
-    def __init__(self, release: releases.Release) -> None:
+    def __init__(self, release: releases.Release, divided: Divided | None = None) -> None:
         self.release = release
         self._directory = Path(str(release.path))
         info = release.info
@@ -38,7 +40,13 @@ class AudioIndex:
         folders = [folder for _, folder, _ in found]
         quantiser = info.get("quantiser")
         trained = self._directory.parent / quantiser if quantiser else None
-        self._searcher = Searcher.open(folders, trained, self.spec)
+        if divided is None:
+            self._searcher = Searcher.open(folders, trained, self.spec)
+        else:
+            outlines = [Outline(folder, rows) for _, folder, rows in found]
+            shards = Shards.of(release, divided)
+            opened = open_quantiser(folders, trained, self.spec)
+            self._searcher = Searcher(outlines, shards, self.spec, opened, int(info["dim"]))
         self._segments = [IndexedSegment(name, folder, rows, NONE) for name, folder, rows in found]
         self._ids = [np.load(folder / IDS_FILE, mmap_mode="r") for folder in folders]
         self.table = ItemsTable(folders)
@@ -48,18 +56,26 @@ class AudioIndex:
         self._groups = functools.lru_cache(maxsize=4)(self._grouping)
 
     @classmethod
-    def open(cls, index_dir: Location, version: str = "latest", fingerprint: str | None = None) -> "AudioIndex":
+    def open(
+        cls,
+        index_dir: Location,
+        version: str = "latest",
+        fingerprint: str | None = None,
+        divided: Divided | None = None,
+    ) -> "AudioIndex":
         """Open a release after checking every file of it against its checksum.
 
         Args:
             index_dir: INDEX, local or s3:// (fetched to a local cache), or one release directory.
             version: a version name, or "latest".
             fingerprint: that of the encoder that will make the queries; checked when given.
+            divided: how to ask the shards that have the vectors (`audiomae.search.sharded`); by default they are here.
 
         Raises:
             UserError: no such release. IntegrityError: a damaged file, or an encoder that does not belong to it.
         """
-        index = cls(releases.fetch(releases.resolve(index_dir, version)))
+        release = releases.resolve(index_dir, version)
+        index = cls(releases.fetch(release, None if divided is None else needed_to_ask), divided)
         index.check_fingerprint(read_json(index.encoder_dir / "config.json")["fingerprint"])
         if fingerprint is not None:
             index.check_fingerprint(fingerprint)
@@ -125,10 +141,10 @@ class AudioIndex:
             FilterError: a filter that does not fit the items table, or a column to group by that it does not have.
         """
         queries, k = self._check_queries(vectors, k), int(k)
-        chosen = self._chosen(filter)
+        chosen, searcher = self._chosen(filter), self._searcher.afresh()
         if group_by is None:
-            return self._hits(*self._searcher.search(queries, k, chosen))
-        return self._grouped(queries, k, chosen, self._groups(group_by))
+            return self._hits(searcher, *searcher.search(queries, k, chosen))
+        return self._grouped(searcher, queries, k, chosen, self._groups(group_by))
 
     def search_id(
         self, id: int, k: int = 10, filter: Mapping[str, Any] | None = None, group_by: str | None = None
@@ -138,32 +154,39 @@ class AudioIndex:
         With `group_by`, as in `search`, its whole group (the file it is from) is left out.
 
         Raises:
-            KeyError: no clip has this id. FilterError: as in `search`.
+            KeyError: no clip has this id. FilterError: as in `search`. ShardMissingError: as `vector`.
         """
         row = self._row(id)
-        queries, k = self._check_queries(self._searcher.vectors(np.array([row])), k), int(k)
-        chosen = self._chosen(filter)
+        queries, k = self._check_queries(self._searcher.scanner.vectors(np.array([row])), k), int(k)
+        chosen, searcher = self._chosen(filter), self._searcher.afresh()
         if group_by is not None:
             groups = self._groups(group_by)
-            return self._grouped(queries, k, chosen, groups, int(groups[row]))
-        scores, rows = self._searcher.search(queries, k + 1, chosen)
+            return self._grouped(searcher, queries, k, chosen, groups, int(groups[row]))
+        scores, rows = searcher.search(queries, k + 1, chosen)
         others = np.argsort(rows[0] == row, kind="stable")[:k]
-        return self._hits(scores[:, others], rows[:, others])
+        return self._hits(searcher, scores[:, others], rows[:, others])
 
     def search_exactly(self, vectors: np.ndarray, k: int = 10) -> Hits:
         """As `search` without filter or groups, but looking everywhere: what an approximate search is measured with."""
         everywhere = self.spec.model_copy(update={"kind": "flat"})
-        queries = self._check_queries(vectors, k)
-        return self._hits(*self._searcher.search(queries, k, self._chosen(None), everywhere))
+        queries, searcher = self._check_queries(vectors, k), self._searcher.afresh()
+        return self._hits(searcher, *searcher.search(queries, k, self._chosen(None), everywhere))
 
     def item(self, id: int) -> dict[str, Any]:
         """The items-table row of a clip. Raises KeyError when no clip has this id."""
         return self.table.rows([self._row(id)])[0]
 
     def vector(self, id: int) -> np.ndarray:
-        """The stored vector of a clip, float32[D]. Raises KeyError when no clip has this id."""
-        vector: np.ndarray = self._searcher.vectors(np.array([self._row(id)]))[0]
-        return vector
+        """The stored vector of a clip, float32[D].
+
+        Raises:
+            KeyError: no clip has this id. ShardMissingError: it lies with a shard that does not answer.
+        """
+        return self.vectors([id])[0]
+
+    def vectors(self, ids: Sequence[int]) -> np.ndarray:
+        """The stored vectors of some clips, float32[N, D]. Raises as `vector` does."""
+        return self._searcher.scanner.vectors(np.array([self._row(id) for id in ids], np.int64))
 
     def map(self) -> pa.Table | None:
         """Where the sounds lie on the map (id int64, x and y uint16 of 65,535): one of each file, at most 100,000.
@@ -224,6 +247,7 @@ class AudioIndex:
 
     def _grouped(
         self,
+        searcher: Searcher,
         queries: np.ndarray,
         k: int,
         chosen: list[Chosen] | None,
@@ -234,14 +258,14 @@ class AudioIndex:
             rest = chosen
             if excluded is not None:
                 allowed = ~excluded
-                for part, start in zip(chosen or [], self._searcher.starts, strict=False):
+                for part, start in zip(chosen or [], searcher.starts, strict=False):
                     stop = start + part.segment.num_rows
                     allowed[start:stop] &= part.selection.mask(part.segment.num_rows)
-                rest = self._searcher.choose(allowed)
-            return self._searcher.search(queries, count, rest)
+                rest = searcher.choose(allowed)
+            return searcher.search(queries, count, rest)
 
         scores, rows, members = best_per_group(find, queries, k, groups, without)
-        return self._hits(scores, rows, members)
+        return self._hits(searcher, scores, rows, members)
 
     def _check_queries(self, vectors: np.ndarray, k: int) -> np.ndarray:
         queries = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
@@ -256,7 +280,9 @@ class AudioIndex:
             raise ValueError("a query vector is zero or has NaN or infinity in it; expected a finite direction")
         return np.ascontiguousarray(queries / norms)
 
-    def _hits(self, scores: np.ndarray, rows: np.ndarray, members: list[list[Members]] | None = None) -> Hits:
+    def _hits(
+        self, searcher: Searcher, scores: np.ndarray, rows: np.ndarray, members: list[list[Members]] | None = None
+    ) -> Hits:
         if len(self._ids) == 1:
             ids = np.array(self._ids[0][rows])
         else:
@@ -266,4 +292,4 @@ class AudioIndex:
                 mine = numbers == number
                 ids[mine] = known[rows[mine] - self._searcher.starts[number]]
         ids[rows < 0] = -1
-        return Hits(ids, scores, rows, self.table, members)
+        return Hits(ids, scores, rows, self.table, members, searcher.missing)

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ class Hits:
         windows: int64[Q, k] of a search with `group_by`, else None: how many rows of the hit's group match at least as
             well as the last of the k hits does (all that can be found, when there are fewer than k groups).
         members: those rows, with `group_by`, else None.
+        missing: names of the shards that did not answer; what they have is not among the hits.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class Hits:
         rows: np.ndarray,
         table: ItemsTable,
         members: "list[list[Members]] | None" = None,
+        missing: Sequence[str] = (),
     ) -> None:
-        self.ids, self.scores, self.rows, self.members = ids, scores, rows, members
+        self.ids, self.scores, self.rows, self.members, self.missing = ids, scores, rows, members, tuple(missing)
         self.windows: np.ndarray | None = None
         if members is not None:
             self.windows = np.zeros(rows.shape, np.int64)
@@ -68,7 +70,8 @@ class Hits:
 
     def __getstate__(self) -> dict[str, Any]:
         plain = {"ids": self.ids, "scores": self.scores, "rows": self.rows, "windows": self.windows}
-        return plain | {"members": self.members, "items": self.items, "spans": self.spans}
+        found = {"members": self.members, "missing": self.missing}
+        return plain | found | {"items": self.items, "spans": self.spans}
 
 
 def best_per_group(

@@ -13,6 +13,8 @@ FAISS ids are row numbers within a segment; clip ids lie beside them.
 """
 
 import ctypes
+import functools
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ TRAIN_ROUNDS = 10
 ADD_BATCH = 16_384
 ALIGN = 64
 _READ_LOCK = threading.Lock()
+Ranked = tuple[np.ndarray, np.ndarray]  # scores float32[Q, k] and rows int64[Q, k]
 
 
 def to_rows(vectors: np.ndarray, source: str = "embeddings") -> np.ndarray:
@@ -120,9 +123,10 @@ class RowStore:
         vectors: np.ndarray = self._store.sa_decode(self._codes[rows])
         return vectors
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of all rows, exactly: scores float32[Q, k], rows int64[Q, k] (-1 padded)."""
-        found: tuple[np.ndarray, np.ndarray] = self._store.search(queries, k)
+    def search(self, queries: np.ndarray, k: int, between: tuple[int, int] | None = None) -> Ranked:
+        """The k best of all rows, or of those `between`, exactly: float32[Q, k] and int64[Q, k], -1 padded."""
+        params = None if between is None else faiss.SearchParameters(sel=faiss.IDSelectorRange(*between))
+        found: Ranked = self._store.search(queries, k, params=params)
         return found
 
     def search_rows(self, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -280,6 +284,16 @@ class Selection:
         """The selection as bool[count]."""
         return np.unpackbits(self.bits, count=count, bitorder="little").view(bool)
 
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """The rows' numbers in ascending order, int64[n]."""
+        return np.flatnonzero(np.unpackbits(self.bits, bitorder="little"))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the bits: equal for equal selections."""
+        return hashlib.blake2b(self.bits.data, digest_size=16).hexdigest()
+
 
 class Quantiser:
     """The centroids that all segments of a release share.
@@ -308,13 +322,16 @@ class Lists:
     Args:
         quantiser: the release's.
         directory: the segment, its files checked.
+        part: only this share of the lists (a number, of how many shares of about as many rows); the others are empty.
     """
 
-    def __init__(self, quantiser: Quantiser, directory: Path) -> None:
+    def __init__(self, quantiser: Quantiser, directory: Path, part: tuple[int, int] = (0, 1)) -> None:
         layout = np.ascontiguousarray(np.load(directory / LAYOUT_FILE), np.uint64)
         path = directory / LISTS_FILE
         self._check(layout, quantiser.nlist, path)
         self.sizes = layout[:, 0].astype(np.int64)
+        before = np.cumsum(self.sizes) - self.sizes
+        layout[before * part[1] // max(int(self.sizes.sum()), 1) != part[0]] = 0
         self._inverted = faiss.OnDiskInvertedLists()
         self._inverted.nlist, self._inverted.code_size = quantiser.nlist, 1  # so that a list's `capacity` is in bytes
         self._inverted.filename, self._inverted.totsize = str(path), os.path.getsize(path)
@@ -326,7 +343,7 @@ class Lists:
         self._index = read_index(quantiser.path)
         self._index.own_invlists = False  # the empty ones are left to themselves
         self._index.invlists = self._inverted
-        self._index.ntotal = int(self.sizes.sum())
+        self._index.ntotal = int(layout[:, 0].sum())
 
     @staticmethod
     def _check(layout: np.ndarray, nlist: int, path: Path) -> None:

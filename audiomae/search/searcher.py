@@ -8,72 +8,26 @@ lists that hold matches are probed, the most promising first, until those not lo
 of the k best: how similar a list's rows may be to a query follows from its centroid and its shape (`Promise`).
 """
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from audiomae.errors import IntegrityError
-from audiomae.search.index import (
-    ASSIGN_FILE,
-    INDEX_FILE,
-    LISTS_FILE,
-    VECTORS_FILE,
-    Graph,
-    Lists,
-    OldLists,
-    OldQuantiser,
-    Quantiser,
-    RowStore,
-    Selection,
-)
+from audiomae.search.index import INDEX_FILE, OldQuantiser, Quantiser, Ranked, Selection
+from audiomae.search.scanning import Allowed, Outline, Scanner, Scans, best, open_segments, top
 from audiomae.search.spec import IndexSpec
 
 EXACT_ROW_COST = 12  # gathering and comparing one row exactly, in scanned codes
 EXACT_MAX_ROWS = 20_000  # so many matches are compared exactly for one query, whatever else
 MISSED = 0.01  # of k: hits that may be expected in lists that are not looked at
 MISSED_CODES = 0.03  # of the hits: those that may be expected to be lost among candidates
-Nearest = tuple[np.ndarray, np.ndarray]  # similarities float32[Q, n] and numbers int64[Q, n] of lists
 MAX_REFINE = 256  # candidates per hit, at most
 CROWD_ROWS = 4000  # from so many rows on more candidates are rescored
 CODE_NOISE = 0.9  # of one-bit codes, in units of what a random direction across the centroid gives
-
-
-class Segment:
-    """The vectors and lists of one segment.
-
-    Args:
-        directory: its files, checked already.
-        quantiser: the release's, for inverted lists.
-        kind: what stands before the row store.
-    """
-
-    def __init__(self, directory: Path, quantiser: Quantiser | None, kind: str) -> None:
-        self.directory = directory
-        self.store = RowStore(directory / VECTORS_FILE)
-        self.num_rows, self.dim = self.store.num_rows, self.store.dim
-        self.lists: Lists | None = None
-        if kind == "ivf" and quantiser is not None:
-            if isinstance(quantiser, OldQuantiser):
-                self.lists = OldLists(quantiser)
-            else:
-                self.lists = Lists(quantiser, directory)
-        self.graph = Graph(directory / INDEX_FILE) if kind == "hnsw" else None
-        if self.lists is not None and int(self.lists.sizes.sum()) != self.num_rows:
-            raise IntegrityError(
-                f"{directory}: {LISTS_FILE} holds {int(self.lists.sizes.sum())} rows, the row store {self.num_rows}: "
-                "build the index again"
-            )
-
-    @functools.cached_property
-    def assigned(self) -> np.ndarray:
-        """The list of every row, int[N], mapped."""
-        lists: np.ndarray = np.load(self.directory / ASSIGN_FILE, mmap_mode="r")
-        return lists
 
 
 @dataclass(frozen=True)
@@ -82,27 +36,21 @@ class Chosen:
 
     Attributes:
         selection: as bits.
-        rows: int64[n], their numbers in ascending order.
         filtered: whether a filter chose them (else only deletions are left out).
+        segment: where they are.
     """
 
     selection: Selection
     filtered: bool
-    segment: Segment
-
-    @functools.cached_property
-    def rows(self) -> np.ndarray:
-        """Their numbers in ascending order, int64[n]."""
-        return np.flatnonzero(self.selection.mask(self.segment.num_rows))
+    segment: Outline
 
     @functools.cached_property
     def per_list(self) -> np.ndarray:
         """How many of them every list holds, int64[nlist]."""
-        assert self.segment.lists is not None
-        nlist = len(self.segment.lists.sizes)
+        sizes = self.segment.sizes
         if self.selection.count == self.segment.num_rows:
-            return self.segment.lists.sizes
-        return np.bincount(self.segment.assigned[self.rows], minlength=nlist)
+            return sizes
+        return np.bincount(self.segment.assigned[self.selection.rows], minlength=len(sizes))
 
 
 @dataclass(frozen=True)
@@ -143,39 +91,42 @@ class Searcher:
 
     Args:
         segments: in the order of their rows.
+        scanner: where their vectors lie.
         spec: what they are and how they are searched.
         quantiser: their own, for inverted lists.
+        dim: the length of a vector.
     """
 
-    def __init__(self, segments: Sequence[Segment], spec: IndexSpec, quantiser: Quantiser | None) -> None:
-        self.segments, self.spec, self.quantiser = list(segments), spec, quantiser
+    def __init__(
+        self, segments: Sequence[Outline], scanner: Scans, spec: IndexSpec, quantiser: Quantiser | None, dim: int
+    ) -> None:
+        self.segments, self.scanner, self.spec, self.quantiser, self.dim = list(segments), scanner, spec, quantiser, dim
         self.starts = np.cumsum([0, *(segment.num_rows for segment in segments)])
-        self.num_rows, self.dim = int(self.starts[-1]), segments[0].dim
+        self.num_rows = int(self.starts[-1])
 
     @classmethod
     def open(cls, directories: Sequence[Path], trained: Path | None, spec: IndexSpec) -> "Searcher":
         """Open segments whose files were checked; `trained` is the directory of their quantiser."""
-        quantiser = Quantiser(trained) if trained is not None else None
-        if quantiser is None and spec.kind == "ivf":
-            quantiser = OldQuantiser(directories[0] / INDEX_FILE)
-        return cls([Segment(directory, quantiser, spec.kind) for directory in directories], spec, quantiser)
+        quantiser = open_quantiser(directories, trained, spec)
+        pieces = open_segments(directories, quantiser, spec.kind)
+        dim = pieces[0].segment.dim
+        return cls([piece.segment for piece in pieces], Scanner(pieces, dim), spec, quantiser, dim)
+
+    def afresh(self) -> "Searcher":
+        """The same for one search: `missing` is then of that search alone."""
+        other = copy.copy(self)
+        other.scanner = self.scanner.afresh()
+        return other
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the shards that did not answer."""
+        return sorted(self.scanner.missing)
 
     def choose(self, mask: np.ndarray, filtered: bool = True) -> list[Chosen]:
         """The rows that a search may return, given as bool[N], for `search`."""
         pieces = zip(self.segments, self.starts[:-1], self.starts[1:], strict=True)
         return [Chosen(Selection.of(mask[start:stop]), filtered, segment) for segment, start, stop in pieces]
-
-    def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Stored vectors of some rows, float32[n, D]."""
-        if len(self.segments) == 1:
-            return self.segments[0].store.vectors(rows)
-        found = np.empty((len(rows), self.dim), np.float32)
-        rows = np.maximum(rows, 0)  # -1 stands for no row
-        numbers = np.searchsorted(self.starts, rows, side="right") - 1
-        for number in np.unique(numbers):
-            mine = numbers == number
-            found[mine] = self.segments[number].store.vectors(rows[mine] - self.starts[number])
-        return found
 
     def search(
         self,
@@ -183,8 +134,7 @@ class Searcher:
         k: int,
         chosen: list[Chosen] | None = None,
         spec: IndexSpec | None = None,
-        nearest: Nearest | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Ranked:
         """The k best rows of each query by inner product, best first.
 
         Args:
@@ -192,7 +142,6 @@ class Searcher:
             k: how many.
             chosen: only these rows, from `choose`; None for all.
             spec: search settings other than the index's own (for tuning).
-            nearest: the lists to scan, where they were found before (for one of several shards).
 
         Returns:
             scores float32[Q, k] and rows int64[Q, k]; where there are fewer, row -1 with score -inf.
@@ -204,14 +153,15 @@ class Searcher:
         wanted = min(k, count)
         filtered = chosen is not None and chosen[0].filtered
         if spec.kind == "flat" or (filtered and self._is_exact_cheap(count, wanted, spec)):
-            scores, rows = self._search_exactly(queries, wanted, chosen)
+            scores, rows = self.scanner.compare(queries, wanted, allowed(chosen))
         elif filtered and chosen is not None and self.quantiser is not None and self.quantiser.shape is not None:
             scores, rows = _Probing(self, queries, wanted, chosen, spec).run()
         else:
-            scores, rows = self._search_index(queries, wanted, chosen, spec, nearest)
+            scores, rows = self._search_index(queries, wanted, chosen, spec)
             short = np.flatnonzero((rows < 0).any(axis=1))
             if len(short):  # the lists probed held too few: compare everything
-                scores[short], rows[short] = self._search_exactly(queries[short], wanted, chosen)
+                found = self.scanner.compare(np.ascontiguousarray(queries[short]), wanted, allowed(chosen))
+                scores[short], rows[short] = _padded(*found, wanted)
         return _padded(scores, rows, k)
 
     def _is_exact_cheap(self, count: int, k: int, spec: IndexSpec) -> bool:
@@ -219,51 +169,14 @@ class Searcher:
             return True
         return count * EXACT_ROW_COST <= self.num_rows * spec.nprobe / max(spec.nlist, 1)
 
-    def _search_exactly(
-        self, queries: np.ndarray, k: int, chosen: list[Chosen] | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for number, segment in enumerate(self.segments):
-            if chosen is None or chosen[number].selection.count == segment.num_rows:
-                scores, rows = segment.store.search(queries, min(k, segment.num_rows))
-            elif chosen[number].selection.count == 0:
-                continue
-            else:
-                mine = chosen[number].rows
-                scores, rows = segment.store.search_rows(queries, min(k, len(mine)), mine)
-            found.append((scores, np.where(rows < 0, -1, rows + self.starts[number])))
-        return best(found, k)
-
-    def _search_index(
-        self, queries: np.ndarray, k: int, chosen: list[Chosen] | None, spec: IndexSpec, nearest: Nearest | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        candidates = k * spec.refine
-        if nearest is None and self.quantiser is not None:
-            nearest = self.quantiser.nearest(queries, spec.nprobe)
-        found = []
-        for number, segment in enumerate(self.segments):
-            selection = None if chosen is None else chosen[number].selection
-            if selection is not None and selection.count == segment.num_rows:
-                selection = None
-            count = min(candidates, segment.num_rows)
-            if segment.lists is not None and nearest is not None:
-                scores, rows = segment.lists.scan(queries, count, nearest[1], nearest[0], selection)
-            else:
-                assert segment.graph is not None
-                scores, rows = segment.graph.search(queries, count, spec.effort, selection)
-            if number:
-                rows[rows >= 0] += self.starts[number]
-            found.append((scores, rows))
-        if len(found) == 1:
-            return self.rescore(queries, found[0][1], k)
-        return self.rescore(queries, best(found, candidates)[1], k)
-
-    def rescore(self, queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of candidate rows int64[Q, n] (-1 for none), by their stored vectors."""
-        vectors = self.vectors(rows.ravel()).reshape(*rows.shape, self.dim)
-        scores = np.matmul(vectors, queries[:, :, None])[:, :, 0]
-        scores[rows < 0] = -np.inf
-        return _top(scores, rows, k)
+    def _search_index(self, queries: np.ndarray, k: int, chosen: list[Chosen] | None, spec: IndexSpec) -> Ranked:
+        count, rows = k * spec.refine, allowed(chosen)
+        if self.quantiser is not None:
+            similar, lists = self.quantiser.nearest(queries, spec.nprobe)
+            found = self.scanner.scan(queries, count, lists, similar, rows)
+        else:
+            found = self.scanner.walk(queries, count, spec.effort, rows)
+        return _padded(*top(found.scores, k, found.rows, found.scores, found.rows), k)
 
 
 class _Probing:
@@ -271,7 +184,7 @@ class _Probing:
 
     def __init__(self, searcher: Searcher, queries: np.ndarray, k: int, chosen: list[Chosen], spec: IndexSpec) -> None:
         assert searcher.quantiser is not None and searcher.quantiser.shape is not None
-        self.searcher, self.queries, self.k, self.chosen, self.spec = searcher, queries, k, chosen, spec
+        self.searcher, self.queries, self.k, self.spec, self.allowed = searcher, queries, k, spec, allowed(chosen)
         similar, lists = searcher.quantiser.nearest(queries, searcher.quantiser.nlist)
         per_list = sum((part.per_list for part in chosen), np.zeros(searcher.quantiser.nlist, np.int64))
         counts = per_list[lists]
@@ -286,7 +199,7 @@ class _Probing:
         across = np.maximum(1 - searcher.quantiser.shape[0] ** 2, 0.02).mean()
         self.noise = CODE_NOISE * float(np.sqrt(across / searcher.dim))
 
-    def run(self) -> tuple[np.ndarray, np.ndarray]:
+    def run(self) -> Ranked:
         """Scores float32[Q, k] and rows int64[Q, k]."""
         shape = (len(self.queries), self.k)
         scores, rows = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
@@ -298,7 +211,7 @@ class _Probing:
         active = np.flatnonzero(until > done)
         while len(active):
             found = self._probe(active, done[active], until[active])
-            joined = best([(scores[active], rows[active]), found], self.k)
+            joined = best([(scores[active], rows[active]), found], self.k, len(active))
             scores[active], rows[active] = joined
             done[active] = until[active]
             until[active] = self._until(active, scores[active, -1:])
@@ -314,7 +227,7 @@ class _Probing:
         remaining = np.cumsum(expected[:, ::-1], axis=1)[:, ::-1]  # in this list and those after it
         return np.count_nonzero(remaining > MISSED * self.k, axis=1)
 
-    def _probe(self, active: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _probe(self, active: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Ranked:
         """The k best rows in some lists of each query."""
         width = int((stop - start).max())
         places = start[:, None] + np.arange(width)
@@ -328,48 +241,35 @@ class _Probing:
         count = round(self.k * max(self.spec.refine, 4) * max(1.0, math.sqrt(limit / CROWD_ROWS)))
         while True:
             count = min(count, limit)
-            approximate, rows = self._scan(queries, count, lists, similar)
-            scores, found = self.searcher.rescore(queries, rows, min(self.k, count))
-            missed = _upper_tail((scores - approximate[:, -1:]) / self.noise)  # of each hit's equals, by their codes
-            short = (np.where(rows[:, -1:] >= 0, missed, 0).mean(axis=1) > MISSED_CODES).any()
+            found = self.searcher.scanner.scan(queries, count, lists, similar, self.allowed)
+            scores, rows = top(found.scores, min(self.k, count), found.rows, found.scores, found.rows)
+            if found.rows.shape[1] < count:
+                return _padded(scores, rows, self.k)
+            # of each hit's equals, by their codes
+            missed = _upper_tail((scores - found.approximate[:, -1:]) / self.noise)
+            short = (np.where(found.rows[:, -1:] >= 0, missed, 0).mean(axis=1) > MISSED_CODES).any()
             if count >= limit or count >= MAX_REFINE * self.k or not short:
-                return _padded(scores, found, self.k)
+                return _padded(scores, rows, self.k)
             count *= 4
 
-    def _scan(
-        self, queries: np.ndarray, count: int, lists: np.ndarray, similar: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for number, segment in enumerate(self.searcher.segments):
-            part = self.chosen[number]
-            if part.selection.count:
-                assert segment.lists is not None
-                every = part.selection.count == segment.num_rows
-                scores, rows = segment.lists.scan(
-                    queries, min(count, segment.num_rows), lists, similar, None if every else part.selection
-                )
-                found.append((scores, np.where(rows < 0, -1, rows + self.searcher.starts[number])))
-        return best(found, count)
+
+def allowed(chosen: Sequence[Chosen] | None) -> Allowed:
+    """What `choose` gave, as scanners take it."""
+    return None if chosen is None else [part.selection for part in chosen]
 
 
-def best(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of several rankings: (scores[Q, n], rows[Q, n]) each, rows -1 where there are none."""
-    scores = np.concatenate([scores for scores, _ in found], axis=1)
-    rows = np.concatenate([rows for _, rows in found], axis=1)
-    scores[rows < 0] = -np.inf
-    return _top(scores, rows, k)
+def open_quantiser(directories: Sequence[Path], trained: Path | None, spec: IndexSpec) -> Quantiser | None:
+    """The quantiser of a release, where it has one; `trained` is its directory."""
+    if trained is not None:
+        return Quantiser(trained)
+    return OldQuantiser(directories[0] / INDEX_FILE) if spec.kind == "ivf" else None
 
 
-def _top(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    order: Any = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return _padded(np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1), k)
-
-
-def _none(count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _none(count: int, k: int) -> Ranked:
     return np.full((count, k), -np.inf, np.float32), np.full((count, k), -1, np.int64)
 
 
-def _padded(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(scores: np.ndarray, rows: np.ndarray, k: int) -> Ranked:
     missing = k - rows.shape[1]
     if missing <= 0:
         return scores, rows

@@ -1,69 +1,244 @@
-"""One release searched in pieces: its segments lie with several searchers, which may be processes on other nodes.
+"""One release searched in pieces: its vectors lie with several shards, which may be processes on other nodes.
 
-The coarse search is done once, every shard scans the lists it was told (of its own segments) and compares its own
-candidates exactly, and the k best of all shards are the k best of the release: what one index over all segments finds
-is found here as well, as each segment is searched in the same way wherever it lies. How a shard is reached is up to
-the transport, which calls `Shard.search` with these arguments and gives back what it returns.
+What is looked at is decided once, by the searcher of whoever asks, which has the quantiser, the items and the filters
+(`audiomae.search.searcher`). `Shards` is its scanner: every shard scans, walks or compares its own part and scores its
+candidates exactly, and what is best of all of them is kept by the rule by which one scanner would have kept it. So the
+hits are those of an undivided release, whichever way it is divided.
+
+Segments go to shards whole where there are enough of them; larger ones are divided, by inverted lists for scanning and
+by rows for exact comparisons. A shard maps the files of the segments it has a part of, and reads its part of them.
+
+How a shard is reached is up to whoever gives the `Ask`; one that cannot be is left out and named in `missing`.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from audiomae.search.index import Quantiser
-from audiomae.search.searcher import Nearest, Searcher, best
+from audiomae.artifacts import releases
+from audiomae.artifacts.releases import Release
+from audiomae.search.index import INDEX_FILE, LISTS_FILE, VECTORS_FILE, Ranked, Selection
+from audiomae.search.indexed import segment_folders
+from audiomae.search.scanning import Candidates, Piece, Scanner, Segment, best, top
+from audiomae.search.searcher import open_quantiser
 from audiomae.search.spec import IndexSpec
 
-Transport = Callable[[np.ndarray, int, Nearest | None], tuple[np.ndarray, np.ndarray]]
+BULKY = (VECTORS_FILE, LISTS_FILE, INDEX_FILE)  # what shards have, and whoever asks them need not
+
+
+class ShardMissingError(Exception):
+    """A shard that does not answer; its name is the message."""
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Some segments of a release.
+class Part:
+    """Share `part` = (number, of how many) of a segment."""
 
-    Attributes:
-        searcher: over them.
-        start: the number of their first row in the release.
-    """
-
-    searcher: Searcher
-    start: int
-
-    @classmethod
-    def open(cls, directories: Sequence[Path], trained: Path | None, spec: IndexSpec, start: int) -> "Shard":
-        """Open consecutive segments whose files were checked; `start` is the first of their rows."""
-        return cls(Searcher.open(directories, trained, spec), start)
-
-    def search(self, queries: np.ndarray, k: int, nearest: Nearest | None) -> tuple[np.ndarray, np.ndarray]:
-        """The k best rows of this shard: scores float32[Q, k] and rows int64[Q, k] of the release, -1 padded.
-
-        Args:
-            queries: float32[Q, D], unit length.
-            k: how many.
-            nearest: similarities and numbers of the lists to scan, from `Quantiser.nearest`; None for kinds without.
-        """
-        scores, rows = self.searcher.search(queries, k, nearest=nearest)
-        return scores, np.where(rows < 0, -1, rows + self.start)
+    segment: int
+    part: tuple[int, int]
 
 
-class ShardedSearcher:
-    """Searches all shards of a release at once.
+@dataclass(frozen=True)
+class Question:
+    """What a shard is asked: an operation of `Scans` with its numbers and arrays, and which rows may be found."""
+
+    operation: str
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    allowed: Mapping[int, Selection] | None = None
+
+
+Ask = Callable[[Question], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Divided:
+    """How to ask the shards of a release: `asks` by their names, in their order, from threads of `pool`."""
+
+    asks: Mapping[str, Ask]
+    pool: ThreadPoolExecutor
+
+
+def divide(rows: Sequence[int], shards: int, divisible: bool) -> list[list[Part]]:
+    """What each shard has of segments with so many rows: about as many rows each, whole segments where they allow it.
 
     Args:
-        shards: how to call each; the order does not matter.
-        spec: of the release.
-        quantiser: of the release, where it has one.
+        rows: of every segment.
+        shards: how many.
+        divisible: whether a segment can be divided (a graph cannot; a shard may then have nothing).
+    """
+    fair = max(1, math.ceil(sum(rows) / shards))
+    parts = []
+    for number, count in enumerate(rows):
+        of = max(1, math.ceil(count / fair)) if divisible else 1
+        parts += [(count / of, Part(number, (place, of))) for place in range(of)]
+    found: list[list[Part]] = [[] for _ in range(shards)]
+    loads = [0.0] * shards
+    for size, part in sorted(parts, key=lambda pair: -pair[0]):  # the largest first, to who has least
+        least = loads.index(min(loads))
+        loads[least] += size
+        found[least].append(part)
+    return [sorted(mine, key=lambda part: (part.segment, part.part)) for mine in found]
+
+
+def divide_release(release: Release, shards: int) -> list[list[Part]]:
+    """`divide` for the segments of a release."""
+    kind = release.info["spec"]["kind"]
+    rows = [int(segment["rows"]) for segment in release.info.get("segments", [{"rows": release.info["rows"]}])]
+    return divide(rows, shards, kind == "flat" or (kind == "ivf" and release.info.get("quantiser") is not None))
+
+
+def needed_to_ask(name: str) -> bool:
+    """Whether who asks shards needs a file of a release."""
+    return name.rpartition("/")[2] not in BULKY
+
+
+def open_shard(release: Release, number: int, shards: int) -> Scanner:
+    """Shard `number` of so many of a release, after checking its files (and fetching them, from S3)."""
+    mine = divide_release(release, shards)[number]
+    names = [segment["name"] for segment in release.info.get("segments", [{"name": release.path.name}])]
+    wanted = {names[part.segment] for part in mine}
+    quantiser_name = release.info.get("quantiser")
+
+    def needed(name: str) -> bool:
+        folder, _, file = name.rpartition("/")
+        if quantiser_name is not None and folder == quantiser_name:
+            return True
+        in_mine = folder in wanted or (not folder and release.path.name in wanted)
+        return in_mine and (file in BULKY or file.endswith(".npy"))
+
+    local = releases.fetch(release, needed)
+    found = segment_folders(local)
+    spec = IndexSpec(**release.info["spec"])
+    trained = Path(str(local.path)).parent / quantiser_name if quantiser_name else None
+    quantiser = open_quantiser([folder for _, folder, _ in found], trained, spec) if mine else None
+    starts = np.cumsum([0, *(rows for _, _, rows in found)])
+    pieces = [
+        Piece(part.segment, int(starts[part.segment]), Segment(found[part.segment][1], quantiser, spec.kind, part.part))
+        for part in mine
+    ]
+    return Scanner(pieces, int(release.info["dim"]))
+
+
+def answer(scanner: Scanner, question: Question) -> list[np.ndarray]:
+    """What a shard gives back for a question.
+
+    Raises:
+        ValueError: no such operation.
+    """
+    numbers, arrays, allowed = question.numbers, question.arrays, question.allowed
+    if question.operation == "scan":
+        lists, similar = arrays["lists"], arrays["similar"]
+        return [*scanner.scan(arrays["queries"], numbers["count"], lists, similar, allowed)]
+    if question.operation == "walk":
+        return [*scanner.walk(arrays["queries"], numbers["count"], numbers["effort"], allowed)]
+    if question.operation == "compare":
+        return [*scanner.compare(arrays["queries"], numbers["k"], allowed)]
+    if question.operation == "vectors":
+        return [scanner.vectors(arrays["rows"])]
+    raise ValueError(f"operation {question.operation!r}: expected scan, walk, compare or vectors")
+
+
+class Shards:
+    """All shards of a release as one scanner (`audiomae.search.scanning.Scans`).
+
+    Args:
+        asks: how to ask each, by its name.
+        parts: what each has, from `divide`.
+        starts: the first row of every segment, and the number of all rows.
+        pool: threads to ask from; several releases may share one.
+
+    Attributes:
+        missing: names of the shards that did not answer.
     """
 
-    def __init__(self, shards: Sequence[Transport], spec: IndexSpec, quantiser: Quantiser | None) -> None:
-        self._shards, self._spec, self._quantiser = list(shards), spec, quantiser
-        self._threads = ThreadPoolExecutor(len(self._shards), thread_name_prefix="shard")
+    def __init__(
+        self, asks: Mapping[str, Ask], parts: Sequence[Sequence[Part]], starts: np.ndarray, pool: ThreadPoolExecutor
+    ) -> None:
+        self._asks, self._starts, self._pool = dict(asks), starts, pool
+        self._parts = dict(zip(asks, parts, strict=True))
+        self.missing: set[str] = set()
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best rows of each query: scores float32[Q, k] and rows int64[Q, k], -1 padded."""
-        nearest = self._quantiser.nearest(queries, self._spec.nprobe) if self._quantiser else None
-        waiting = [self._threads.submit(shard, queries, k, nearest) for shard in self._shards]
-        return best([call.result() for call in waiting], k)
+    @classmethod
+    def of(cls, release: Release, divided: Divided) -> "Shards":
+        """Those of a release on a local disk."""
+        starts = np.cumsum([0, *(rows for _, _, rows in segment_folders(release))])
+        return cls(divided.asks, divide_release(release, len(divided.asks)), starts, divided.pool)
+
+    def afresh(self) -> "Shards":
+        """The same shards for one search, with nothing missing yet."""
+        other = copy.copy(self)
+        other.missing = set()
+        return other
+
+    def scan(self, queries: np.ndarray, count: int, lists: np.ndarray, similar: np.ndarray, allowed: Any) -> Candidates:
+        """As `Scans.scan`."""
+        arrays = {"queries": queries, "lists": lists, "similar": similar}
+        return self._candidates(Question("scan", {"count": count}, arrays), allowed, count)
+
+    def walk(self, queries: np.ndarray, count: int, effort: int, allowed: Any) -> Candidates:
+        """As `Scans.walk`."""
+        numbers = {"count": count, "effort": effort}
+        return self._candidates(Question("walk", numbers, {"queries": queries}), allowed, count)
+
+    def compare(self, queries: np.ndarray, k: int, allowed: Any) -> Ranked:
+        """As `Scans.compare`."""
+        found = self._ask_all(Question("compare", {"k": k}, {"queries": queries}), allowed)
+        return best([(scores, rows) for scores, rows in found], k, len(queries))
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """As `Scans.vectors`, from whichever shards have the rows.
+
+        Raises:
+            ShardMissingError: none that has a row answers.
+        """
+        rows = np.maximum(rows, 0)
+        segments = np.searchsorted(self._starts, rows, side="right") - 1
+        found: np.ndarray | None = None
+        left = np.ones(len(rows), bool)
+        for name, parts in self._parts.items():
+            mine = np.flatnonzero(left & np.isin(segments, [part.segment for part in parts]))
+            if not len(mine):
+                continue
+            try:
+                (vectors,) = self._asks[name](Question("vectors", {}, {"rows": rows[mine]}))
+            except ShardMissingError:
+                self.missing.add(name)
+                continue
+            found = np.zeros((len(rows), vectors.shape[1]), np.float32) if found is None else found
+            found[mine] = vectors
+            left[mine] = False
+        if left.any() or found is None:
+            raise ShardMissingError(", ".join(sorted(self.missing)))
+        return found
+
+    def _candidates(self, question: Question, allowed: Any, count: int) -> Candidates:
+        found = self._ask_all(question, allowed)
+        if not found:
+            scores, rows = best([], count, len(question.arrays["queries"]))
+            return Candidates(scores, rows, scores)
+        approximate, rows, scores = (np.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
+        return Candidates(*top(approximate, count, rows, approximate, rows, scores))
+
+    def _ask_all(self, question: Question, allowed: Any) -> list[Sequence[np.ndarray]]:
+        waiting = {}
+        for name, parts in self._parts.items():
+            if not parts or name in self.missing:
+                continue
+            mine = None if allowed is None else {part.segment: allowed[part.segment] for part in parts}
+            if mine is None or any(selection.count for selection in mine.values()):
+                asked = Question(question.operation, question.numbers, question.arrays, mine)
+                waiting[name] = self._pool.submit(self._asks[name], asked)
+        found = []
+        for name, call in waiting.items():
+            try:
+                found.append(call.result())
+            except ShardMissingError:
+                self.missing.add(name)
+        return found

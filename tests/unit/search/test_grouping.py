@@ -50,7 +50,7 @@ def expected(scores: np.ndarray, k: int, allowed: np.ndarray) -> list[tuple[int,
 
 @pytest.mark.parametrize("k", [1, 3, 10, FILES, FILES + 5])
 def test_files_are_ranked_by_their_best_window(index: AudioIndex, vectors: np.ndarray, k: int) -> None:
-    stored = index._searcher.vectors(np.arange(len(vectors)))
+    stored = index._searcher.scanner.vectors(np.arange(len(vectors)))
     for row in (0, 3, 6, 500, len(vectors) - 1):
         query = vectors[row] + 0.01
         hits = index.search(query, k=k, group_by="file")
@@ -67,7 +67,7 @@ def test_many_queries_at_once_and_a_filter(index: AudioIndex, vectors: np.ndarra
     where = {"row": {"gte": 100, "lt": 3000}}
     allowed = (np.arange(len(vectors)) >= 100) & (np.arange(len(vectors)) < 3000)
     hits = index.search(vectors[::500], k=8, filter=where, group_by="file")
-    stored = index._searcher.vectors(np.arange(len(vectors)))
+    stored = index._searcher.scanner.vectors(np.arange(len(vectors)))
     for query, items in zip(vectors[::500], hits.items, strict=True):
         wanted = expected(stored @ query, 8, allowed)
         assert [int(item["file"][1:3]) for item in items] == [file for file, *_ in wanted]

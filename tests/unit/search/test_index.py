@@ -267,7 +267,7 @@ def test_no_vector_is_in_memory_twice(tmp_path: Path) -> None:
     embeddings = make_set(tmp_path / "e", VECTORS)
     make_release(tmp_path / "index", [embeddings], **KINDS["ivf"])
     index = AudioIndex.open(tmp_path / "index")
-    segment = index._searcher.segments[0]
+    segment: Any = index._searcher.segments[0]
     assert isinstance(segment.store.rows.base, np.memmap) and isinstance(index._ids[0], np.memmap)
     assert segment.lists is not None
     maps = Path("/proc/self/maps").read_text()

@@ -1,6 +1,7 @@
-"""Shards together find what one index finds: in this process, whatever the number of shards, and by Ray actors."""
+"""Shards together find exactly what one index finds, however a release is divided; one that is dead is left out."""
 
-import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,76 +9,153 @@ import numpy as np
 import pytest
 from embedding_sets import clusters, make_release, make_set
 
-from audiomae.search.index import Quantiser
-from audiomae.search.searcher import Searcher
-from audiomae.search.sharded import Shard, ShardedSearcher
-from audiomae.search.spec import IndexSpec
+from audiomae.artifacts import releases
+from audiomae.artifacts.releases import Release
+from audiomae.search.audio_index import AudioIndex
+from audiomae.search.hits import Hits
+from audiomae.search.scanning import Scanner
+from audiomae.search.sharded import (
+    Ask,
+    Divided,
+    Part,
+    Question,
+    ShardMissingError,
+    answer,
+    divide,
+    divide_release,
+    needed_to_ask,
+    open_shard,
+)
 
 DIM = 16
-Opened = tuple[list[Path], Path | None, IndexSpec]
+SIZES = (1200, 200, 200, 300)
+KINDS: dict[str, dict[str, Any]] = {
+    "flat": {},
+    "fast scan": {"flat_max_rows": 100},
+    "scalar": {"index": "IVF16,SQ8"},
+    "graph": {"index": "HNSW8,SQ8"},
+}
 
 
-@pytest.fixture(scope="module", params=["flat", "ivf"])
-def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """A release of four segments."""
-    folder = tmp_path_factory.mktemp(request.param)
-    kind: dict[str, Any] = {"flat_max_rows": 100} if request.param == "ivf" else {}
-    made = make_release(folder / "index", [make_set(folder / "0", clusters(1200, DIM))], **kind)
-    for number in range(1, 4):
-        names = [f"{number}-{row}" for row in range(200)]
-        more = make_set(folder / str(number), clusters(200, DIM, seed=number), names=names)
-        made = make_release(folder / "index", [more], **kind | {"fan_in": 9})
-    assert made is not None and len(made.info["segments"]) == 4
-    quantiser = made.info["quantiser"]
-    spec = IndexSpec(**made.info["spec"]).model_copy(update={"nprobe": 6, "refine": 8})
-    folders = [folder / "index" / segment["name"] for segment in made.info["segments"]]
-    return folders, folder / "index" / quantiser if quantiser else None, spec
+@pytest.fixture(scope="module", params=KINDS)
+def index_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of four segments, some rows twice and some deleted, of files with several windows."""
+    folder = tmp_path_factory.mktemp("sharded")
+    kind = KINDS[request.param]
+    for number, count in enumerate(SIZES):
+        vectors = clusters(count, DIM, seed=number)
+        vectors[-20:] = vectors[:20]  # equal vectors: the order of ties must not depend on shards
+        names = [f"{number}-{row // 3}.wav" for row in range(count)]
+        columns = {"label": [f"l{row % 7}" for row in range(count)], "take": list(range(count))}
+        ids = [1 + number * 10_000 + row for row in range(count)]
+        made = make_set(folder / str(number), vectors, names=names, columns=columns, ids=ids)
+        make_release(folder / "index", [made], delete=[5, 77, 500] if number == 3 else (), **kind, fan_in=9)
+    assert len(releases.resolve(folder / "index").info["segments"]) == 4
+    return folder / "index"
 
 
-def split(folders: list[Path], counts: list[int]) -> list[tuple[list[Path], int]]:
-    """Consecutive segments, so many to a shard, with the first row of each."""
-    rows = [len(np.load(folder / "ids.npy")) for folder in folders]
-    starts = np.cumsum([0, *counts])
-    return [(folders[a:b], sum(rows[:a])) for a, b in zip(starts, starts[1:], strict=False)]  # noqa: RUF007
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as threads:
+        yield threads
 
 
-@pytest.mark.parametrize("counts", [[4], [1, 3], [2, 1, 1], [1, 1, 1, 1]])
-def test_shards_find_what_one_index_finds(opened: Opened, counts: list[int]) -> None:
-    folders, trained, spec = opened
-    queries = clusters(20, DIM, seed=9)
-    one = Searcher.open(folders, trained, spec).search(queries, 10)
-    shards = [Shard.open(mine, trained, spec, start).search for mine, start in split(folders, counts)]
-    whole = ShardedSearcher(shards, spec, Quantiser(trained) if trained else None)
-    scores, rows = whole.search(queries, 10)
-    np.testing.assert_allclose(scores[:, 0], one[0][:, 0], atol=1e-6)
-    same = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows, one[1], strict=True)])
-    assert same >= 0.99  # a shard rescores as many candidates as one index does, so it can only find more
+def divided(release: Release, shards: int, pool: ThreadPoolExecutor, dead: Sequence[int] = ()) -> Divided:
+    """So many shards in this process; the dead ones do not answer."""
+
+    def ask_of(number: int) -> Ask:
+        scanner = open_shard(release, number, shards)
+
+        def ask(question: Question) -> Sequence[np.ndarray]:
+            if number in dead:
+                raise ShardMissingError(f"Shard{number}")
+            return answer(scanner, question)
+
+        return ask
+
+    return Divided({f"Shard{number}": ask_of(number) for number in range(shards)}, pool)
 
 
-class RemoteShard:
-    """What a node that serves a shard does."""
+SEARCHES: dict[str, Callable[[AudioIndex, np.ndarray], Hits]] = {
+    "all": lambda index, queries: index.search(queries, k=10),
+    "more than there are": lambda index, queries: index.search(queries[:2], k=2500),
+    "one in seven": lambda index, queries: index.search(queries, k=10, filter={"label": "l3"}),
+    "a handful": lambda index, queries: index.search(queries, k=10, filter={"take": {"in": [3, 5, 190, 290, 1100]}}),
+    "half": lambda index, queries: index.search(queries, k=10, filter={"take": {"lt": 150}}),
+    "files": lambda index, queries: index.search(queries, k=10, group_by="uri"),
+    "labels": lambda index, queries: index.search(queries, k=7, group_by="label"),
+    "files of a label": lambda index, queries: index.search(queries, k=5, filter={"label": "l1"}, group_by="uri"),
+    "an item": lambda index, queries: index.search_id(10_003, k=10, group_by="uri"),
+    "exactly": lambda index, queries: index.search_exactly(queries, k=10),
+}
 
-    def __init__(self, *args: Any) -> None:
-        self._shard = Shard.open(*args)
 
-    def search(self, *args: Any) -> Any:
-        return self._shard.search(*args)
+@pytest.mark.parametrize("shards", [1, 2, 4, 7])
+def test_shards_find_what_one_index_finds(index_dir: Path, shards: int, pool: ThreadPoolExecutor) -> None:
+    whole = AudioIndex.open(index_dir)
+    many = AudioIndex.open(index_dir, divided=divided(whole.release, shards, pool))
+    queries = np.concatenate([clusters(12, DIM, seed=9), whole.vectors([1, 10_001, 20_150])])
+    for name, search in SEARCHES.items():
+        one, found = search(whole, queries), search(many, queries)
+        np.testing.assert_array_equal(found.ids, one.ids, err_msg=name)
+        np.testing.assert_array_equal(found.scores, one.scores, err_msg=name)
+        assert found.items == one.items and found.spans == one.spans and found.missing == ()
+    np.testing.assert_array_equal(many.vectors([1200, 30_001, 3]), whole.vectors([1200, 30_001, 3]))
 
 
-def test_shards_in_ray_actors(opened: Opened, ray_cluster: None) -> None:
-    import ray
+def test_a_dead_shard_is_named_and_the_others_answer(index_dir: Path, pool: ThreadPoolExecutor) -> None:
+    whole = AudioIndex.open(index_dir)
+    parts = divide_release(whole.release, 3)
+    many = AudioIndex.open(index_dir, divided=divided(whole.release, 3, pool, dead=[1]))
+    queries = clusters(5, DIM, seed=9)
+    for name, search in SEARCHES.items():
+        if name == "an item":
+            continue
+        found = search(many, queries)
+        assert found.missing == ("Shard1",), name
+    alive = {part.segment for number in (0, 2) for part in parts[number]}
+    only_dead = next((part.segment for part in parts[1] if part.segment not in alive), None)
+    if only_dead is not None:
+        lost = 1 + only_dead * 10_000
+        with pytest.raises(ShardMissingError, match="Shard1"):
+            many.vector(lost)
+        assert not np.isin(many.search(queries, k=50).ids, range(lost, lost + 9999)).any()
+    assert many.search(queries, k=50).ids[:, 0].min() > 0
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests on their path
-    folders, trained, spec = opened
-    queries = clusters(20, DIM, seed=9)
-    local = [Shard.open(mine, trained, spec, start).search for mine, start in split(folders, [2, 2])]
-    actor = ray.remote(RemoteShard).options(num_cpus=0.1)
-    remote = [actor.remote(mine, trained, spec, start) for mine, start in split(folders, [2, 2])]
 
-    def call(handle: Any) -> Any:
-        return lambda queries, k, nearest: ray.get(handle.search.remote(queries, k, nearest))
+def test_who_asks_shards_needs_no_vectors(index_dir: Path, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+    whole = AudioIndex.open(index_dir)
+    asks = divided(whole.release, 2, pool)
+    for file in index_dir.rglob("*"):
+        target = tmp_path / "index" / file.relative_to(index_dir)
+        if file.is_file() and needed_to_ask(str(file.relative_to(index_dir))):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    assert not list(tmp_path.rglob("vectors.faiss")) and not list(tmp_path.rglob("lists.bin"))
+    many = AudioIndex.open(tmp_path / "index", divided=asks)
+    queries = clusters(5, DIM, seed=9)
+    np.testing.assert_array_equal(many.search(queries).ids, whole.search(queries).ids)
 
-    quantiser = Quantiser(trained) if trained else None
-    far = ShardedSearcher([call(handle) for handle in remote], spec, quantiser).search(queries, 10)
-    near = ShardedSearcher(local, spec, quantiser).search(queries, 10)
-    np.testing.assert_array_equal(far[1], near[1])
+
+@pytest.mark.parametrize(
+    ("rows", "shards", "expected"),
+    [
+        ([1000], 4, [[(0, 0, 4)], [(0, 1, 4)], [(0, 2, 4)], [(0, 3, 4)]]),
+        ([10, 10, 10, 10], 2, [[(0, 0, 1), (2, 0, 1)], [(1, 0, 1), (3, 0, 1)]]),
+        ([90, 10], 2, [[(0, 0, 2), (1, 0, 1)], [(0, 1, 2)]]),
+        ([5], 1, [[(0, 0, 1)]]),
+        ([0], 2, [[(0, 0, 1)], []]),
+    ],
+)
+def test_segments_are_divided_evenly(rows: list[int], shards: int, expected: list[Any]) -> None:
+    found = divide(rows, shards, divisible=True)
+    assert [[(part.segment, *part.part) for part in mine] for mine in found] == expected
+
+
+def test_a_graph_stays_whole() -> None:
+    assert divide([1000, 10], 3, divisible=False) == [[Part(0, (0, 1))], [Part(1, (0, 1))], []]
+
+
+def test_an_unknown_operation_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected scan, walk, compare or vectors"):
+        answer(Scanner([], DIM), Question("drop"))

@@ -25,7 +25,7 @@ def test_equals_torchaudio_with_all_frames():
     reference = (reference - reference.mean()) / reference.std()
     x, frames = LogMel(FeatureConfig(drop_last_frame=False, range_db=None))(waveform[None])
     assert x.shape == (1, 1, 101, 80) and frames.tolist() == [101]
-    # torchaudio's own bank differs by so much from one CPU to another; ours does not, and the golden values hold to 1e-6
+    # torchaudio's own bank differs so much from one CPU to another; ours does not: the golden values hold to 1e-6
     torch.testing.assert_close(x[0, 0], reference, rtol=0, atol=5e-4)
 
 

@@ -86,10 +86,10 @@ def time_shift(batch: Tensor, generator: Generator) -> Tensor:
     Args:
         batch: float[B, T, F].
     """
-    count, frames, bands = batch.shape
+    count, frames, _ = batch.shape
     offset = torch.randint(frames, (count, 1), generator=generator)
     index = (torch.arange(frames)[None] - offset) % frames
-    return batch.gather(1, index.to(batch.device)[:, :, None].expand(count, frames, bands))
+    return batch[torch.arange(count, device=batch.device)[:, None], index.to(batch.device)]
 
 
 def gain(batch: Tensor, max_db: float, generator: Generator) -> Tensor:
@@ -115,12 +115,13 @@ def background_mix(batch: Tensor, max_share: float, probability: float, generato
     """
     count = len(batch)
     share = torch.rand(count, 1, 1, generator=generator) * max_share
-    share = torch.where(torch.rand(count, 1, 1, generator=generator) < probability, share, 0.0)
-    other = torch.randperm(count, generator=generator).to(batch.device)
-    share = share.to(batch.device, batch.dtype)
+    mixed = (torch.rand(count, 1, 1, generator=generator) < probability).flatten().nonzero().flatten()
+    other = torch.randperm(count, generator=generator)[mixed].to(batch.device)
+    share = share[mixed].to(batch.device, batch.dtype)
     level = batch.logsumexp((1, 2), keepdim=True)
-    background = batch[other] + (level - level[other])
-    return torch.logaddexp(batch + torch.log1p(-share), background + share.log())
+    mixed = mixed.to(batch.device)
+    background = batch[other] + (level[mixed] - level[other])
+    return batch.index_copy(0, mixed, torch.logaddexp(batch[mixed] + torch.log1p(-share), background + share.log()))
 
 
 def equalise(batch: Tensor, deviation_db: float, generator: Generator) -> Tensor:

@@ -14,6 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,11 +35,19 @@ def to_path(uri: Location) -> UPath:
     if isinstance(uri, UPath) and not isinstance(uri, Path):
         return uri
     text = os.fspath(uri)
+    if text.startswith("/"):
+        return _absolute(text)
     if text.startswith("s3://"):
         return UPath(text, **s3.FSSPEC_OPTIONS)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     return UPath(os.path.abspath(os.path.expanduser(text)))
+
+
+@lru_cache(maxsize=256)
+def _absolute(text: str) -> UPath:
+    """Making a path takes longer than listing a small folder, and a job asks for the same few all the time."""
+    return UPath(os.path.abspath(text))
 
 
 def arrow_filesystem(uri: Location) -> tuple[Any, str]:
@@ -111,6 +120,19 @@ def list_names(directory: Location) -> list[str]:
         return sorted(os.listdir(str(path)))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def list_identities(directory: Location) -> dict[str, str]:
+    """Name -> what tells whether a file is still the same (ETag; size and time of change) of files in a directory."""
+    path = to_path(directory)
+    if not is_local(path):
+        return {entry.name: entry.etag for entry in s3.list_objects(str(path)) if "/" not in entry.name}
+    try:
+        with os.scandir(str(path)) as found:
+            stats = {item.name: item.stat() for item in found if item.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {name: f"{stats[name].st_size}-{stats[name].st_mtime_ns}" for name in sorted(stats)}
 
 
 def remove(path: Location) -> None:

@@ -76,7 +76,26 @@ def nodes() -> list[dict[str, float]]:
 
 
 def node_types() -> list[dict[str, float]]:
-    """Resources of each kind of node that the autoscaler may start, where its config can be read.
+    """Resources of each kind of node that the autoscaler may start, where its config can be read."""
+    return [resources for resources, _ in _node_types()]
+
+
+def room_for(request: Request) -> int | None:
+    """How many of these the cluster has room for, or may get room for; `None` where nobody can tell.
+
+    Without an autoscaler nodes can only be added by hand: room for twice as many as now.
+    """
+    now = sum(request.count_on(node) for node in nodes())
+    types = _node_types()
+    if types:
+        return now + sum(request.count_on(resources) * most for resources, most in types)
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return 2 * now if now and not is_autoscaler_v2(fetch_from_server=True) else None
+
+
+def _node_types() -> list[tuple[dict[str, float], int]]:
+    """(resources, most nodes) of each kind in the autoscaler's config.
 
     It is the file that `ray up` gives the head's autoscaler, and drivers run on the head. On Kubernetes the autoscaler
     runs in a container of its own, there `autoscaler_gives` asks it.
@@ -88,8 +107,10 @@ def node_types() -> list[dict[str, float]]:
         if given.get("--gcs-address") == address and "--autoscaling-config" in given:
             with contextlib.suppress(OSError, yaml.YAMLError):
                 config = yaml.safe_load(Path(given["--autoscaling-config"]).expanduser().read_text())
-                types = config["available_node_types"]
-                return [spec.get("resources", {}) for spec in types.values() if spec.get("max_workers", 1)]
+                most = config.get("max_workers", 2)  # Ray's default
+                types = config["available_node_types"].values()
+                found = [(spec.get("resources", {}), min(spec.get("max_workers", most), most)) for spec in types]
+                return [(resources, count) for resources, count in found if count]
     return []
 
 

@@ -128,7 +128,7 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
     threads = torch.get_num_threads()
     stage = FusedStage(job)  # sets the threads of this process
     for entry in plan.shards:
-        stage(pa.table({"entry": [entry.model_dump_json()]}))
+        stage(pa.table({"entries": [[entry.model_dump_json()]]}))
     torch.set_num_threads(threads)
     write_run(out, settings.model_dump() | {"inputs": plan.num_items})
     return out

@@ -8,6 +8,7 @@ DIR/embeddings/<shard>-<attempt>.parquet
 DIR/failures/<shard>-<attempt>.parquet   inputs without an embedding (failed), lost spans of others (damaged)
 DIR/silent/<shard>-<attempt>.parquet     windows that were left out because nothing can be heard in them
 DIR/commits/<shard>.json            the receipt; it is written last and *is* the done-marker
+DIR/commits/receipts-*.parquet      copies of many receipts, to read them at once (`receipt_segments.py`)
 DIR/vanished/*.parquet              rows of files that a later `--update` no longer found
 ```
 
@@ -16,6 +17,7 @@ files under its own attempt name, and the receipt is created exclusively, so exa
 receipts alone; `collect_garbage` removes what no receipt names once every shard of the plan is committed.
 """
 
+import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +32,7 @@ from pydantic import ValidationError
 from upath import UPath
 
 from audiomae.artifacts import receipts
+from audiomae.artifacts.receipt_segments import Commits, is_segment
 from audiomae.artifacts.receipts import FileEntry, Numbered, entry_of
 from audiomae.artifacts.tables import (
     DAMAGED,
@@ -210,7 +213,10 @@ def read_receipt(out: str | UPath, shard: str) -> ShardReceipt:
         IntegrityError: the receipt is damaged.
     """
     path = receipt_path(out, shard)
-    value = receipts.read_sealed(path, UNSEALED_RECEIPT, FIX_SHARD)
+    return _as_shard_receipt(path, receipts.read_sealed(path, UNSEALED_RECEIPT, FIX_SHARD))
+
+
+def _as_shard_receipt(path: UPath, value: dict[str, Any]) -> ShardReceipt:
     try:
         if "facts" in value:
             receipt = receipts.Receipt.decode(value, path)
@@ -223,10 +229,23 @@ def read_receipt(out: str | UPath, shard: str) -> ShardReceipt:
 
 
 def read_receipts(out: str | UPath, shards: Sequence[str]) -> dict[str, ShardReceipt]:
-    """The receipts of those of `shards` that are committed."""
-    present = committed_shards(out)
-    names = [shard for shard in shards if shard in present]
-    return dict(zip(names, map_ahead(partial(read_receipt, out), names, ahead=16), strict=True))
+    """The receipts of those of `shards` that are committed, from segments where those have them."""
+    commits = Commits.list(out)
+    names = [shard for shard in shards if shard in commits.identities]
+    copies = commits.copies(names)
+
+    alone = [shard for shard in names if shard not in copies]
+    found = dict(zip(alone, map_ahead(partial(read_receipt, out), alone, ahead=16), strict=True))
+    for shard, text in copies.items():  # each was checked when it was copied, and its segment just now
+        value = json.loads(text)
+        value.pop(receipts.SEAL, None)
+        found[shard] = _as_shard_receipt(receipt_path(out, shard), value)
+    return {shard: found[shard] for shard in names}
+
+
+def compact_receipts(out: str | UPath) -> int:
+    """Copy receipts that are in no segment into one, if there are many; how many."""
+    return Commits.list(out).compact(UNSEALED_RECEIPT)
 
 
 def read_shard(out: str | UPath, receipt: ShardReceipt, columns: Sequence[str] | None = None) -> pa.Table:
@@ -432,15 +451,19 @@ def write_run(out: str | UPath, record: Mapping[str, Any]) -> None:
     receipts.write_sealed(to_path(out) / "run.json", record)
 
 
-def collect_garbage(out: str | UPath) -> int:
+def collect_garbage(out: str | UPath, embeddings: EmbeddingSet | None = None) -> int:
     """Remove attempt files and old plans that nothing refers to; return how many. Only for a finished plan.
+
+    Args:
+        out: the folder.
+        embeddings: the folder, where it is opened already.
 
     While a shard is uncommitted its attempts may still win (a worker can outlive its driver), so nothing is removed
     then; once all are committed, no attempt can win any more. Files of a later generation are left alone: another
     driver may just be planning an update.
     """
     out = to_path(out)
-    embeddings = EmbeddingSet.open(out)
+    embeddings = embeddings or EmbeddingSet.open(out)
     if not embeddings.complete:
         return 0
     plan = embeddings.plan
@@ -453,6 +476,8 @@ def collect_garbage(out: str | UPath) -> int:
     removed = 0
     for folder in ("commits", "manifest", EMBEDDINGS, FAILURES, SILENT, "vanished"):
         for name in list_names(out / folder):
+            if is_segment(name):
+                continue
             if f"{folder}/{name}" not in keep and _generation(name) <= plan["generation"]:
                 remove(out / folder / name)
                 removed += 1

@@ -26,6 +26,7 @@ from audiomae.artifacts.shard_cache import FIX, ShardCache, read_receipt, shard_
 from audiomae.artifacts.tables import map_ahead, read_parquet
 from audiomae.storage import Location, copy_file, list_names, to_path, write_bytes
 
+KEY_ROWS = 1 << 16  # at a time
 CLIP_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
@@ -58,8 +59,11 @@ def cache_key(files: pa.Table, recipe: Mapping[str, Any]) -> str:
         recipe: everything else that decides the bytes: feature settings, clip length.
     """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    for row in sorted(zip(*(files[name].to_pylist() for name in ("uri", "size", "content_id")), strict=True)):
-        digest.update(repr(row).encode())
+    names = ["uri", "size", "content_id"]
+    files = files.select(names).sort_by([(name, "ascending") for name in names])
+    for start in range(0, len(files), KEY_ROWS):
+        columns = [column.to_pylist() for column in files.slice(start, KEY_ROWS).columns]
+        digest.update("".join(map(repr, zip(*columns, strict=True))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from audiomae.corpus.columns import NULL_WORDS, TextColumn, check_declared, chec
 from audiomae.corpus.notes import Notes
 from audiomae.corpus.read_as import ReadAs
 from audiomae.errors import ListingError
-from audiomae.storage import to_path
+from audiomae.storage import open_stream
 
 BLOCK_BYTES = 8 << 20
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -42,7 +42,7 @@ def tables(src: str, delimiter: str, read_as: ReadAs) -> Callable[[Notes], Itera
 
 def refuse_encoding(src: str) -> None:
     """Refuse a text file whose first bytes are those of UTF-16 or UTF-32."""
-    with to_path(src).open("rb") as file:
+    with open_stream(src) as file:
         head = file.read(512)
     for mark, name in WIDE_ENCODINGS.items():
         if head.startswith(mark):
@@ -65,7 +65,7 @@ def _text(src: str, delimiter: str, null_words: Sequence[str]) -> Iterator[pa.Ta
         null_values=["", *null_words],
     )
     try:
-        with to_path(src).open("rb") as file:
+        with open_stream(src) as file:
             table = None
             for batch in pa.csv.open_csv(file, parse_options=parse, read_options=read, convert_options=convert):
                 table = pa.table(batch)
@@ -79,7 +79,7 @@ def _text(src: str, delimiter: str, null_words: Sequence[str]) -> Iterator[pa.Ta
 def _header(src: str, delimiter: str, parse: pa.csv.ParseOptions, read: pa.csv.ReadOptions) -> list[str]:
     try:
         refuse_encoding(src)
-        with to_path(src).open("rb") as file:
+        with open_stream(src) as file:
             names: list[str] = pa.csv.open_csv(file, parse_options=parse, read_options=read).schema.names
     except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError, OSError) as error:
         raise ListingError(f"{src}: not a readable CSV file: {_explained(error)}") from None

@@ -18,7 +18,7 @@ from audiomae.corpus.notes import Notes
 from audiomae.corpus.paths import is_s3, join
 from audiomae.corpus.read_as import ReadAs
 from audiomae.errors import ListingError
-from audiomae.storage import to_path
+from audiomae.storage import open_seekable, open_stream
 
 LOOKUP_THREADS = 32
 ETAGS = ("content_id", "etag", "ETag")
@@ -117,7 +117,7 @@ def _lookup(root: str, uris: list[str]) -> list[Entry]:
 def _parquet(src: str, read_as: ReadAs) -> Callable[[Notes], Iterator[pa.Table]]:
     def stream(_: Notes) -> Iterator[pa.Table]:
         try:
-            with to_path(src).open("rb") as file:
+            with open_seekable(src) as file:
                 reader = pq.ParquetFile(file)
                 names = reader.schema_arrow.names
                 check_names(src, names)
@@ -136,7 +136,7 @@ def _parquet(src: str, read_as: ReadAs) -> Callable[[Notes], Iterator[pa.Table]]
 def _jsonl(src: str) -> Iterator[list[dict[str, Any]]]:
     try:
         csv_listing.refuse_encoding(src)
-        with to_path(src).open("rb") as file:
+        with open_stream(src) as file:
             numbered = enumerate(file, 1)
             while lines := list(islice(numbered, TABLE_ROWS)):
                 yield [_json_row(src, number, line) for number, line in lines if line.strip()]

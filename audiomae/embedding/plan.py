@@ -258,7 +258,7 @@ def planned_listing(out: str | UPath, plan: Plan) -> Listing:
 
 def read_shard_items(out: str, entry: ShardEntry) -> pa.Table:
     """The work items of one shard (one row group)."""
-    return _items_file(out, entry.file, entry.file_sha256).read_row_group(entry.group)
+    return _items_file(out, entry.file, entry.file_sha256).read_row_group(entry.group, use_threads=False)
 
 
 @lru_cache(maxsize=4)

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from audiomae.embedding.plan import ShardEntry, read_shard_items
 from audiomae.errors import IntegrityError
 from audiomae.model.encoder import AudioEncoder
 
+COMMITTERS = 4  # threads of one worker
 REPORT_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -93,22 +95,33 @@ class _Embedder:
 
 
 class FusedStage(_Embedder):
-    """Shard entries in, reports out; decoding and encoding alternate in this process."""
+    """Blocks of shard entries in, reports out; decoding and encoding alternate in this process.
+
+    A few threads store what is embedded while the next shards are: a commit waits for the disk, or for S3, three times.
+    """
 
     def __init__(self, job: EmbedJob) -> None:
         super().__init__(job)
         self.decode = decoder_of(job)
+        self.committers = ThreadPoolExecutor(COMMITTERS, thread_name_prefix="commit")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return _reports([self._embed(ShardEntry.model_validate_json(text)) for text in batch["entry"].to_pylist()])
+        texts = batch["entries"].combine_chunks().flatten().to_pylist()
+        return _reports([future.result() for future in [self._embed(_entry(text)) for text in texts]])
 
-    def _embed(self, entry: ShardEntry) -> Item:
+    def _embed(self, entry: ShardEntry) -> Future[Item]:
         began = time.time()
         try:
             if is_committed(self.job.out, entry.name):  # by a worker that was killed before it could say so
-                return _report(entry, "duplicate", began)
+                return _done(_report(entry, "duplicate", began))
             items = read_shard_items(self.job.out, entry)
             result = embed_shard(items, self.decode, self.encode, self.job.settings)
+        except Exception:
+            return _done(_report(entry, "error", began, traceback.format_exc(limit=-3)))
+        return self.committers.submit(self._commit, entry, result, began)
+
+    def _commit(self, entry: ShardEntry, result: ShardResult, began: float) -> Item:
+        try:
             return self.commit(entry, result, began)
         except Exception:
             return _report(entry, "error", began, traceback.format_exc(limit=-3))
@@ -125,7 +138,7 @@ class EncodeStage(_Embedder):
         self.lock = threading.Lock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        entries = [ShardEntry.model_validate_json(text) for text in batch["entry"].to_pylist()]
+        entries = [_entry(text) for text in batch["entry"].to_pylist()]
         payloads = [scalar.as_buffer() for scalar in batch["payload"].combine_chunks()]
         return _reports([self._embed(*pair) for pair in zip(entries, payloads, strict=True)])
 
@@ -142,6 +155,16 @@ class EncodeStage(_Embedder):
             return self.commit(entry, result, payload.began)
         except Exception:
             return _report(entry, "error", payload.began, traceback.format_exc(limit=-3))
+
+
+def _entry(text: str) -> ShardEntry:
+    return ShardEntry.model_validate_json(text)
+
+
+def _done(report: Item) -> Future[Item]:
+    future: Future[Item] = Future()
+    future.set_result(report)
+    return future
 
 
 def _reports(rows: list[Item]) -> pa.Table:

@@ -282,7 +282,9 @@ def _read_ids(embeddings: EmbeddingSet, receipts: Sequence[ShardReceipt]) -> Ite
     def read(receipt: ShardReceipt) -> np.ndarray:
         path = embeddings.path / receipt.embeddings
         try:
-            with path.open("rb") as file:  # a small part of the shard, which is checked whole when its rows are read
+            with storage.open_seekable(
+                path
+            ) as file:  # a small part of the shard, which is checked whole when its rows are read
                 return pq.read_table(file, columns=["id"], page_checksum_verification=True).column("id").to_numpy()
         except (OSError, pa.ArrowException):
             return read_shard(embeddings.path, receipt, ["id"])["id"].to_numpy()  # or what is wrong with which file

@@ -1,7 +1,5 @@
 """The clips of a run as one table: where their features lie, what is known of them, their side of the split."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -9,6 +7,7 @@ import pyarrow.compute as pc
 
 from audiomae.config import nearest
 from audiomae.errors import ConfigError
+from audiomae.training.columns import Texts, coded, texts_of
 from audiomae.training.losses import UNLABELLED
 from audiomae.training.recipe import DataConfig, Where
 from audiomae.training.split import held_out
@@ -27,9 +26,10 @@ def matches(table: pa.Table, where: Where, key: str) -> npt.NDArray[np.bool_]:
     for column, wanted in where.items():
         if column not in table.column_names:
             raise ConfigError(f"data.{key}: the corpus has no column {column!r}{nearest(column, table.column_names)}")
-        values = wanted if isinstance(wanted, list) else [wanted]
-        present = np.array([str(value) for value in table[column].to_pylist()])
-        keep &= np.isin(present, [str(value) for value in values])
+        values = {str(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
+        names, codes = coded(table[column])
+        same = np.array([str(name) in values for name in [*names.to_pylist(), None]])
+        keep &= same[codes]  # the last is for what is missing
     return keep
 
 
@@ -47,30 +47,28 @@ def build_items(clips: pa.Table, listing: pa.Table, config: DataConfig, seed: in
     """
     if config.exclude:
         listing = listing.filter(pa.array(~matches(listing, config.exclude, "exclude")))
-    columns = {"uri": listing["uri"]}
-    columns["label"] = _text_column(listing, config.label)
+    labels, label_of = coded(_text_column(listing, config.label))
     captions = _text_column(listing, config.caption)
     if config.label:
-        made = [
-            None if label is None else config.caption_template.format(label=label)
-            for label in columns["label"].to_pylist()
-        ]
-        captions = pc.coalesce(captions, pa.array(made, pa.string()))
-    columns["caption"] = captions
+        made = pa.array([config.caption_template.format(label=label) for label in labels.to_pylist()], pa.string())
+        captions = pc.coalesce(captions, texts_of(made, label_of))
     if config.val_filter:
         validation = matches(listing, config.val_filter, "val_filter")
     else:
-        validation = held_out(listing["uri"].to_pylist(), columns["label"].to_pylist(), config.val_fraction, seed)
+        validation = held_out(listing["uri"], texts_of(labels, label_of), config.val_fraction, seed)
+    columns = {"uri": listing["uri"], "label": texts_of(labels, label_of), "caption": captions}
     columns["validation"] = pa.array(validation)
     items = clips.drop_columns(["error"]).join(pa.table(columns), "uri", join_type="inner")
     return items.sort_by([("uri", "ascending"), ("start_s", "ascending")]).combine_chunks()
 
 
-def numbered(values: Sequence[str | None]) -> tuple[list[str], npt.NDArray[np.int64]]:
+def numbered(values: Texts) -> tuple[pa.Array, npt.NDArray[np.int64]]:
     """Distinct values in sorted order, and each row's number among them (`UNLABELLED` for None)."""
-    names = sorted({value for value in values if value is not None})
-    number = {name: index for index, name in enumerate(names)}
-    return names, np.array([UNLABELLED if value is None else number[value] for value in values], np.int64)
+    names, codes = coded(values)
+    order = pc.sort_indices(names)
+    number = np.full(len(names) + 1, UNLABELLED, np.int64)
+    number[order.to_numpy()] = np.arange(len(names))
+    return names.take(order), number[codes]
 
 
 def _text_column(listing: pa.Table, name: str | None) -> pa.ChunkedArray:

@@ -120,15 +120,14 @@ class TrainLoop:
         shards = ShardCache(str(cache), config.data.cache_gib)
         self.store = FeatureStore(shards, items["shard"], items["first_frame"], items["frames"])
         held_out = np.asarray(items["validation"])
-        classes, labels = numbered(items["label"].to_pylist())
-        captions, caption_of = numbered(items["caption"].to_pylist())
+        classes, labels = numbered(items["label"])
+        captions, caption_of = numbered(items["caption"])
         self.labels, self.captions = torch.from_numpy(labels), torch.from_numpy(caption_of)
         torch.manual_seed(config.seed)
         encoder = build_encoder(config).to(device)
         self.window = training_window(encoder)
-        vectors = (
-            encoder.text_tower.encode(captions) if config.objective.clap and encoder.has_text and captions else None
-        )
+        texts = captions.to_pylist() if config.objective.clap and encoder.has_text else []
+        vectors = encoder.text_tower.encode(texts) if texts else None
         self.objective = Objective(encoder, config.objective, len(classes), vectors).to(device)
         self.sampler = Sampler(
             np.flatnonzero(~held_out), config.batch_size, config.seed, self.store.shard, config.data.shuffle_shards

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
-from audiomae.artifacts.embeddings import committed_shards
+from audiomae.artifacts.embeddings import committed_shards, compact_receipts
 from audiomae.cli import Progress
 from audiomae.corpus.decode import probe
 from audiomae.corpus.manifest import open_source
@@ -28,35 +29,49 @@ from ray_jobs.embed.topology import DECODERS_ANNOUNCED, Topology
 
 PASSES = 4  # in a row that finish no shard
 PROBES_PER_TASK = 32
+ROUND_SHARDS = 16_384  # given to Ray Data at once: the driver's memory and time for them stay bounded
 MOST_SHARDS_A_BLOCK, BLOCKS_A_WORKER = 16, 64
 # a lost worker is replaced for as long as the job runs, but a shard that keeps killing its worker is given up
 WORKER_FAULTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 1}
 
 
 def run_passes(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> list[dict[str, Any]]:
-    """Embed the pending shards; what a first pass leaves (its worker kept dying) is retried file by file in isolation.
+    """Embed the pending shards, some thousands at a time, and copy their receipts together as they come.
 
     Returns the reports of all shards that were finished or failed with a reason.
     """
     reports: list[dict[str, Any]] = []
     total = sum(entry.items for entry in pending)
-    with Progress("embedding", total, "files") as progress:
-        idle_passes = 0
-        isolate = False
-        while idle_passes < PASSES:
-            for report in _run(job.model_copy(update={"isolate": isolate}), pending, topology):
-                reports.append(report)
-                _warn_of_idle_gpus(reports, topology)
-                if report["status"] == "error":
-                    print(f"shard {report['shard']} was not finished: {report['message']}", file=sys.stderr)
-                else:
-                    progress.update(report["inputs"])
-            committed = committed_shards(job.out)
-            idle_passes = 0 if any(entry.name in committed for entry in pending) else idle_passes + 1
-            isolate = True
-            pending = [entry for entry in pending if entry.name not in committed]
-            if not pending:
-                break
+    with Progress("embedding", total, "files") as progress, ThreadPoolExecutor(1) as compactor:
+        compacted: list[Future[int]] = []
+        for start in range(0, len(pending), ROUND_SHARDS):
+            reports += _run_round(job, pending[start : start + ROUND_SHARDS], topology, progress)
+            compacted.append(compactor.submit(compact_receipts, job.out))
+        for future in compacted:
+            future.result()
+    return reports
+
+
+def _run_round(
+    job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology, progress: Progress
+) -> list[dict[str, Any]]:
+    """Embed these; what a first pass leaves (its worker kept dying) is retried file by file in isolation."""
+    reports: list[dict[str, Any]] = []
+    idle_passes = 0
+    isolate = False
+    while pending and idle_passes < PASSES:
+        for report in _run(job.model_copy(update={"isolate": isolate}), pending, topology):
+            reports.append(report)
+            _warn_of_idle_gpus(reports, topology)
+            if report["status"] == "error":
+                print(f"shard {report['shard']} was not finished: {report['message']}", file=sys.stderr)
+            else:
+                progress.update(report["inputs"])
+        committed = committed_shards(job.out)
+        idle_passes = 0 if any(entry.name in committed for entry in pending) else idle_passes + 1
+        isolate = True
+        pending = [entry for entry in pending if entry.name not in committed]
+        if pending:
             lost = sum(entry.items for entry in pending)
             print(f"{len(pending)} shards ({lost:,} files) were not finished; trying them again, each file isolated")
     return reports
@@ -64,8 +79,9 @@ def run_passes(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology)
 
 def _warn_of_idle_gpus(reports: Sequence[dict[str, Any]], topology: Topology) -> None:
     """Say it once when encoders hold a GPU and compute on the CPU."""
-    devices = [report["device"] for report in reports if report["device"]]
-    if topology.encode.resources.get("GPU") and len(devices) == 1 and reports[-1]["device"] == "cpu":
+    if not topology.encode.resources.get("GPU") or reports[-1]["device"] != "cpu":
+        return
+    if sum(bool(report["device"]) for report in reports) == 1:
         print(
             "an encoder holds a GPU but computes on the CPU: torch sees no CUDA device there; install torch's CUDA "
             "build and the driver on those nodes, or give --num-gpus-per-encoder 0",
@@ -77,13 +93,15 @@ def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> It
     context = quiet_data_context()  # it would print a traceback per lost worker: run_passes says it in a line
     context.max_errored_blocks = -1  # a shard whose worker died is retried by run_passes, not fatal
     context.target_max_block_size = None  # blocks stay as they are
-    most = MOST_SHARDS_A_BLOCK if topology.kind == "fused" else 1  # decoded shards are large: each is a block
+    fused = topology.kind == "fused"
+    most = MOST_SHARDS_A_BLOCK if fused else 1  # decoded shards are large: each is a block
+    blocks = blocks_of(pending, int(cpus_now()), most)
     dataset: Dataset = ray.data.from_arrow(
-        [pa.table({"entry": texts}) for texts in blocks_of(pending, int(cpus_now()), most)]
+        [pa.table({"entries": [texts]} if fused else {"entry": texts}) for texts in blocks]
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        dataset = _fused(dataset, job, topology) if topology.kind == "fused" else _split(dataset, job, topology)
+        dataset = _fused(dataset, job, topology) if fused else _split(dataset, job, topology)
     decoders = min(len(pending), DECODERS_ANNOUNCED * topology.encoders) if topology.decode else 0
     try:
         with notice_of_waiting(topology.encode, topology.encoders), hint(topology.decode or topology.encode, decoders):
@@ -110,7 +128,7 @@ def _fused(dataset: Dataset, job: EmbedJob, topology: Topology) -> Dataset:
     return dataset.map_batches(
         FusedStage,
         fn_constructor_args=[job],
-        batch_size=1,  # a shard is one row
+        batch_size=1,  # a row is a block of shards
         batch_format="pyarrow",
         compute=_pool(topology, max_tasks_in_flight_per_actor=2),
         scheduling_strategy="SPREAD",

@@ -285,7 +285,7 @@ def finish(config: EmbedConfig, plan: Plan, summary: dict[str, Any]) -> EmbedRes
     counts = counts_of(embeddings.receipts.values())
     failed, complete = counts["failed"], embeddings.complete
     if complete:
-        collect_garbage(config.out)
+        collect_garbage(config.out, embeddings)
     totals = counts | {"inputs": plan.num_items, "precision": embeddings.precision, "last_run": summary}
     write_run(config.out, run_record(config, plan, "complete" if complete else "incomplete") | totals)
     print(final_line(summary, failed))

@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 
 from audiomae.artifacts.embeddings import EmbeddingSet, ShardReceipt
 from audiomae.artifacts.tables import DAMAGED, FAILED
+from audiomae.embedding.stages import COMMITTERS
 from ray_jobs._cluster import cpus_now
 from ray_jobs.embed.topology import Topology
 
@@ -52,7 +53,8 @@ def stage_shares(reports: Sequence[dict[str, Any]], topology: Topology, wall_s: 
     if topology.decode is not None:
         cpus = cpus_now() - encoders * topology.encode.resources["CPU"]
         decode_slots = max(1, int(cpus / topology.decode.resources["CPU"]))
-    slots = {"decode": decode_slots, "encode": encoders, "write": encoders}
+    writers = encoders * (COMMITTERS if topology.decode is None else 1)
+    slots = {"decode": decode_slots, "encode": encoders, "write": writers}
     return {
         stage: round(sum(report[f"{stage}_s"] for report in reports) / (count * wall_s), 3)
         for stage, count in slots.items()

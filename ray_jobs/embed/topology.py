@@ -1,7 +1,7 @@
 """How an embedding job is laid out over a cluster: what decoding and encoding ask for, and of how many."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ray_jobs import _cluster
@@ -42,7 +42,12 @@ class Topology:
 def choose_topology(config: PlacementConfig, shards: int) -> Topology:
     """Lay a job of so many shards out over the cluster that this driver is connected to."""
     shapes = [*_cluster.nodes(), *_cluster.node_types()]
-    return lay_out(config, shards, shapes, gpus_per_encoder(config, _cluster.offers_gpus))
+    topology = lay_out(config, shards, shapes, gpus_per_encoder(config, _cluster.offers_gpus))
+    if config.workers is not None:
+        return topology
+    # Ray Data looks at each waiting worker all the time: a thousand of them for two CPUs cost more than the work
+    room = _cluster.room_for(topology.encode)
+    return replace(topology, encoders=max(1, min(topology.encoders, room or MOST_WORKERS)))
 
 
 def gpus_per_encoder(config: PlacementConfig, offers_gpus: Callable[[], bool]) -> float:

@@ -23,6 +23,7 @@ from ray_jobs._ray import quiet_data_context
 LEAST_CLIPS, MOST_CLIPS, SHARDS_OF_A_SMALL_CORPUS = 32, 512, 64
 BYTES_PER_S = 16_000  # of audio files, compressed; plain PCM gives smaller shards
 MAX_REASONS = 5
+SHARDS_AT_ONCE = 4096  # given to Ray Data: the driver's memory for them stays bounded
 MOST_ANNOUNCED = 256  # CPUs that an autoscaler is told of at once; Ray Data asks for more as it goes
 
 
@@ -60,12 +61,13 @@ def build_cache(
         write_json(path / "recipe.json", recipe | {"corpus": root, "files": len(listing)})
         with Progress("decoding", len(listing), "files") as progress:
             progress.done = len(listing) - sum(ends[index] - starts[index] for index in todo)
-            shards = (
-                {"index": index, "uris": listing["uri"].slice(starts[index], ends[index] - starts[index]).to_pylist()}
-                for index in todo
-            )
-            for count in _extract(str(path), list(shards), root, features, clip_s):
-                progress.update(count)
+            for begin in range(0, len(todo), SHARDS_AT_ONCE):
+                shards = [
+                    _files_of(index, listing["uri"].slice(starts[index], ends[index] - starts[index]))
+                    for index in todo[begin : begin + SHARDS_AT_ONCE]
+                ]
+                for count in _extract(str(path), shards, root, features, clip_s):
+                    progress.update(count)
     if is_local(path):  # those on S3 are checked by the nodes that fetch them
         verify_features(path, set(range(len(starts))) - set(todo))
     clips = read_clips(str(path), len(starts))
@@ -87,8 +89,12 @@ def shard_starts(sizes: npt.NDArray[np.int64], clip_s: float) -> list[int]:
     return np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
 
 
-def _extract(cache: str, rows: list[dict], root: str, features: FeatureConfig, clip_s: float) -> Iterator[int]:
-    """Run the pending shards as Ray Data tasks; yields the number of files of each finished shard."""
+def _files_of(index: int, uris: pa.ChunkedArray) -> pa.Table:
+    return pa.table({"index": [index], "uris": pa.ListArray.from_arrays([0, len(uris)], uris.combine_chunks())})
+
+
+def _extract(cache: str, shards: list[pa.Table], root: str, features: FeatureConfig, clip_s: float) -> Iterator[int]:
+    """Run these shards as Ray Data tasks, one each; yields the number of files of each that is finished."""
     import ray
 
     quiet_data_context()
@@ -99,8 +105,8 @@ def _extract(cache: str, rows: list[dict], root: str, features: FeatureConfig, c
         write_shard(cache, int(row["index"]), list(row["uris"]), extractor)
         return {"files": len(row["uris"])}
 
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(extract)
+    dataset = ray.data.from_arrow(shards).map(extract)
     one = Request({"CPU": 1})
-    with notice_of_waiting(one, len(rows)), hint(one, min(len(rows), MOST_ANNOUNCED)):
+    with notice_of_waiting(one, len(shards)), hint(one, min(len(shards), MOST_ANNOUNCED)):
         for row in dataset.iter_rows():
             yield int(row["files"])

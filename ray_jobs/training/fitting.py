@@ -12,6 +12,7 @@ from audiomae.storage import read_json, write_json
 from audiomae.training.auto import Machine, choose, facts_of
 from audiomae.training.items import matches
 from audiomae.training.recipe import Recipe
+from ray_jobs._cluster import node_types, nodes, offers_gpus
 from ray_jobs._ray import connect
 from ray_jobs.configs import RECIPES, TrainConfig
 from ray_jobs.training.feature_cache import list_files
@@ -66,13 +67,18 @@ def _chosen(config: TrainConfig, run: Any) -> dict[str, Any]:
 
 
 def _choose(config: TrainConfig) -> dict[str, Any]:
-    import ray
-
     root, listing = list_files(config.corpus, config.data)
     if config.data.exclude:
         listing = listing.filter(pa.array(~matches(listing, config.data.exclude, "exclude")))
     connect()
-    have = ray.cluster_resources()
-    machine = Machine(cpus=max(1, min(MOST_CPUS, int(have.get("CPU", 1)))), gpus=int(have.get("GPU", 0)))
+    machine = _machine()
     choice = choose(facts_of(listing, sampled_headers(root, listing), config.data), machine)
     return {"recipe": choice.recipe, "changes": choice.changes, "reasons": choice.reasons}
+
+
+def _machine() -> Machine:
+    """What the cluster has; what its autoscaler would start where nothing is up yet, of GPUs one."""
+    up = nodes()
+    cpus = sum(node.get("CPU", 0) for node in up) or max((kind.get("CPU", 0) for kind in node_types()), default=1)
+    gpus = sum(node.get("GPU", 0) for node in up) or float(offers_gpus())
+    return Machine(cpus=max(1, min(MOST_CPUS, int(cpus))), gpus=int(gpus))

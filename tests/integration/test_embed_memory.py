@@ -27,7 +27,7 @@ from audiomae.embedding.stages import FusedStage
 stage = FusedStage(EmbedJob.model_validate_json(sys.argv[1]))
 started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for entry in json.loads(sys.argv[2]):
-    report = stage(pa.table({"entry": [entry]})).to_pylist()[0]
+    report = stage(pa.table({"entries": [[entry]]})).to_pylist()[0]
     assert report["status"] == "committed", report
 print(json.dumps([started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 """

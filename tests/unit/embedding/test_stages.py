@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from audiomae.artifacts.embeddings import agree_on_precision, joined_precision, settled_precision
+from audiomae.artifacts.embeddings import agree_on_precision, committed_shards, joined_precision, settled_precision
 from audiomae.artifacts.tables import EmbedSettings
 from audiomae.embedding.decoding import EmbedJob
+from audiomae.embedding.listing import Listing
+from audiomae.embedding.plan import new_plan
 from audiomae.embedding.stages import FusedStage
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
@@ -38,6 +41,21 @@ def test_workers_on_unlike_machines_compute_in_one_precision(job: EmbedJob, tmp_
 def test_a_precision_that_was_asked_for_is_kept(job: EmbedJob, tmp_path: Path) -> None:
     agree_on_precision(tmp_path, "float32")
     assert precision_of(job, tmp_path, "bfloat16") == "bfloat16"
+
+
+def test_a_block_is_committed_shard_by_shard_and_reported_in_its_order(job: EmbedJob, tmp_path: Path) -> None:
+    listing = Listing([pa.table({"uri": ["a.wav", "b.wav", "c.wav"], "size": [0] * 3, "content_id": ["x"] * 3})])
+    plan = new_plan(
+        tmp_path, listing, job.settings, list, encoder="e", corpus="c", root=str(tmp_path), shard_cost_s=1.0
+    )
+    stage = FusedStage(job.model_copy(update={"out": str(tmp_path), "root": str(tmp_path)}))
+    block = pa.table({"entries": [[entry.model_dump_json() for entry in plan.shards]]})
+    assert len(plan.shards) == 3 and plan.shards[0].name not in committed_shards(tmp_path)
+    reports = stage(block).to_pylist()
+    assert [report["shard"] for report in reports] == [entry.name for entry in plan.shards]
+    assert {report["status"] for report in reports} == {"committed"}
+    assert committed_shards(tmp_path) == {entry.name for entry in plan.shards}
+    assert {report["status"] for report in stage(block).to_pylist()} == {"duplicate"}
 
 
 def test_several_precisions_have_one_name() -> None:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import soundfile
 
 from audiomae.errors import ConfigError
 from audiomae.storage import read_json, to_path
+from audiomae.training.auto import Machine
 from ray_jobs.configs import RECIPES, PipelineConfig, TrainConfig
 from ray_jobs.train import COMMAND
 from ray_jobs.training import fitting
@@ -22,7 +22,8 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / f"{number}.wav", np.ones(16_000) * 0.1, 16_000)
     monkeypatch.setattr(fitting, "connect", lambda: None)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(fitting, "nodes", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(fitting, "offers_gpus", lambda: False)
     return str(tmp_path / "sounds")
 
 
@@ -40,6 +41,15 @@ def test_a_line_without_a_config_gets_what_fits_and_given_keys_win(corpus: str, 
     assert read_json(run / "recipe.json")["recipe"] == "small_labelled"
     Path(corpus, "low", "new.wav").write_bytes(Path(corpus, "low", "0.wav").read_bytes())
     assert fitting.fitted(line(corpus, "--epochs", "7", "--set", "augment.pitch=0.01"), run).training == found.training
+
+
+def test_an_empty_autoscaled_cluster_counts_as_what_it_would_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "nodes", lambda: [{"CPU": 0.0}])
+    monkeypatch.setattr(fitting, "node_types", lambda: [{"CPU": 0}, {"CPU": 4}, {"CPU": 6, "GPU": 1}])
+    monkeypatch.setattr(fitting, "offers_gpus", lambda: True)
+    assert fitting._machine() == Machine(cpus=6, gpus=1)
+    monkeypatch.setattr(fitting, "offers_gpus", lambda: False)
+    assert fitting._machine().gpus == 0
 
 
 def test_a_whole_config_stays_as_it_is_and_recipes_go_by_name(corpus: str, tmp_path: Path) -> None:

@@ -239,4 +239,4 @@ def test_an_unknown_column_is_named_with_its_neighbour():
 
 def test_numbered_labels_are_sorted_and_missing_ones_are_minus_one():
     names, numbers = items.numbered(["b", None, "a", "b"])
-    assert names == ["a", "b"] and numbers.tolist() == [1, -1, 0, 1]
+    assert names.to_pylist() == ["a", "b"] and numbers.tolist() == [1, -1, 0, 1]

@@ -2,13 +2,18 @@
 
     python benchmarks/scale.py --files 100000 1000000 10000000
     python benchmarks/scale.py --shards 10000          # null shards through the engine
+    python benchmarks/scale.py --clips 1000000         # listing, split and captions of training
 
 Planning: a Parquet listing (uri, size, content_id, label; in random order with `--shuffled`) is listed and planned by a
 process of its own, which gives its time, its peak memory and the files it wrote, each of which is one request on S3. A
 second process resumes: it reads the plan and lists the commits, of which every second shard has one.
 
 Engine: shards of one file each that name files which are not there go through the job's own Ray Data pipeline and are
-committed with their failures, by an encoder that has nothing to do. Rate from the first to the last commit.
+committed with their failures, by an encoder that has nothing to do. Rate from the first to the last commit; then the
+set is opened, once with its receipts copied into segments and once without.
+
+Training: clips of 10 s, one of each file, 500 labels, in shards of 512, go through the key of their cache, the split,
+their table and what a worker makes of it, in a process of its own.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +33,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from audiomae.artifacts.embeddings import committed_shards, receipt_path
+from audiomae.artifacts.embeddings import committed_shards, read_receipts, receipt_path
+from audiomae.artifacts.receipt_segments import is_segment
 from audiomae.artifacts.tables import EmbedSettings
 from audiomae.corpus.manifest import list_corpus
 from audiomae.embedding.listing import Listing
 from audiomae.embedding.plan import load_plan, new_plan
+from audiomae.storage import list_names
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=4, sample_rate=16_000, mode="windows", window_s=5, hop_s=5)
 CHUNK = 1 << 18
@@ -92,13 +100,62 @@ def resume(listing: str, out: str) -> dict[str, Any]:
     }
 
 
+def training(clips: str, _: str) -> dict[str, Any]:
+    """What train.py's driver and one of its workers do with the corpus, features apart."""
+    from audiomae.artifacts.features import cache_key
+    from audiomae.training.items import build_items, numbered
+    from audiomae.training.recipe import DataConfig
+    from audiomae.training.sampling import Sampler
+    from audiomae.training.split import cautions
+    from ray_jobs.training.feature_cache import shard_starts
+
+    count = int(clips)
+    numbers = np.arange(count)
+    uris = pa.chunked_array(
+        [
+            [f"corpus/{n // 10_000:06d}/{n:010d}.ogg" for n in part]
+            for part in np.array_split(numbers, count // CHUNK + 1)
+        ]
+    )
+    label = pa.array([f"class-{number:03d}" for number in range(500)]).take(pa.array(numbers % 500))
+    listing = pa.table({"uri": uris, "size": np.full(count, 140_000), "content_id": uris, "label": label})
+    columns = {"uri": uris, "start_s": np.zeros(count), "end_s": np.full(count, 10.0), "frames": np.full(count, 1000)}
+    columns |= {"first_frame": numbers % 512 * 1000, "error": pa.nulls(count, pa.string())}
+    table = pa.table({**columns, "shard": (numbers // 512).astype(np.int32)})
+    before, began = peak_mib(), time.perf_counter()
+    cache_key(listing, {})
+    shard_starts(listing["size"].to_numpy(), 10.0)
+    items = build_items(table, listing, DataConfig(), seed=0)
+    cautions(items, 1000)
+    driver_s, driver_mib = time.perf_counter() - began, peak_mib()
+    held_out = items["validation"].to_numpy()
+    for name in ("label", "caption"):
+        numbered(items[name])
+    Sampler(np.flatnonzero(~held_out), 256, 0, items["shard"].to_numpy()).global_batch(0)
+    return {
+        "clips": count,
+        "driver_s": driver_s,
+        "inputs_mib": before,
+        "driver_bytes_per_clip": (driver_mib - before) * 2**20 / count,
+        "with_worker_s": time.perf_counter() - began,
+        "rss_mib": peak_mib(),
+    }
+
+
 def peak_mib() -> float:
     """Of this process, so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def in_process(kind: str, listing: Path, out: Path) -> dict[str, Any]:
-    """`plan` or `resume` in a process of its own."""
+def seconds_of(call: Callable[[], Any]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def in_process(kind: str, listing: object, out: object) -> dict[str, Any]:
+    """`plan`, `resume` or `training` in a process of its own."""
     command = [sys.executable, __file__, "--run", kind, str(listing), str(out)]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return found
@@ -166,6 +223,12 @@ def engine(shards: int) -> dict[str, Any]:
         began = time.perf_counter()
         reports = run_passes(job, made.shards, choose_topology(config, len(made.shards)))
         ended = time.perf_counter()
+        names = [entry.name for entry in made.shards]
+        opened_s = seconds_of(lambda: read_receipts(out, names))
+        for name in list_names(f"{out}/commits"):
+            if is_segment(name):
+                Path(out, "commits", name).unlink()
+        alone_s = seconds_of(lambda: read_receipts(out, names))
         first, last = (function(report["ended"] for report in reports) for function in (min, max))
         committed = len(committed_shards(out))
         ray.shutdown()
@@ -174,6 +237,8 @@ def engine(shards: int) -> dict[str, Any]:
         "committed": committed,
         "engine_s": ended - began,
         "shards_per_s": committed / (last - first),
+        "receipts_s": opened_s,
+        "receipts_one_by_one_s": alone_s,
         "driver_rss_mib": peak_mib(),
     }
 
@@ -184,11 +249,12 @@ def main() -> None:
     parser.add_argument("--files", type=int, nargs="*", default=[])
     parser.add_argument("--shuffled", action="store_true", help="the listing is in random order")
     parser.add_argument("--shards", type=int, help="null shards through the engine")
+    parser.add_argument("--clips", type=int, nargs="*", default=[], help="clips of a training")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         kind, listing, out = arguments.run
-        print(json.dumps({"plan": plan, "resume": resume}[kind](listing, out)))
+        print(json.dumps({"plan": plan, "resume": resume, "training": training}[kind](listing, out)))
         return
     rows = []
     for files in arguments.files:
@@ -198,6 +264,8 @@ def main() -> None:
         spent = [row["list_s"] + row["plan_s"] for row in rows]
         growth = math.log(spent[-1] / spent[0]) / math.log(rows[-1]["files"] / rows[0]["files"])
         print(f"growth exponent {growth:.3f}")
+    for clips in arguments.clips:
+        print(json.dumps(in_process("training", clips, "")), flush=True)
     if arguments.shards:
         print(json.dumps(engine(arguments.shards)))
 

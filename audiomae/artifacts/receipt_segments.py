@@ -53,7 +53,8 @@ class Commits:
         """The receipts of those of `shards` that segments have; none where the shards are fewer than the segments."""
         if len(shards) < len(self.segments):
             return {}
-        wanted, found = pa.array(shards, pa.string()), {}
+        wanted = pa.array(shards, pa.string())
+        found: dict[str, bytes] = {}
         for table in map_ahead(partial(_read_segment, self.folder), self.segments):
             current = self._current(table)
             current = current.filter(pc.is_in(current["shard"], wanted))

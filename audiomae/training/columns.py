@@ -1,13 +1,14 @@
 """Columns of text as numbers: what is asked of a corpus of many millions of clips without an object for each."""
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Texts = pa.ChunkedArray | pa.Array | Sequence[str | None]
+Texts: TypeAlias = "pa.ChunkedArray | pa.Array | Sequence[str | None]"
 CHUNK_ROWS = 1 << 16
 MISSING = -1
 

@@ -1,5 +1,7 @@
 """The clips of a run as one table: where their features lie, what is known of them, their side of the split."""
 
+from bisect import bisect_left, bisect_right
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -7,7 +9,7 @@ import pyarrow.compute as pc
 
 from audiomae.config import nearest
 from audiomae.errors import ConfigError
-from audiomae.training.columns import Texts, coded, texts_of
+from audiomae.training.columns import CHUNK_ROWS, Texts, coded, starts, texts_of
 from audiomae.training.losses import UNLABELLED
 from audiomae.training.recipe import DataConfig, Where
 from audiomae.training.split import held_out
@@ -58,8 +60,36 @@ def build_items(clips: pa.Table, listing: pa.Table, config: DataConfig, seed: in
         validation = held_out(listing["uri"], texts_of(labels, label_of), config.val_fraction, seed)
     columns = {"uri": listing["uri"], "label": texts_of(labels, label_of), "caption": captions}
     columns["validation"] = pa.array(validation)
-    items = clips.drop_columns(["error"]).join(pa.table(columns), "uri", join_type="inner")
-    return items.sort_by([("uri", "ascending"), ("start_s", "ascending")]).combine_chunks()
+    return _joined(in_order(clips.drop_columns(["error"]), "uri", "start_s"), in_order(pa.table(columns), "uri"))
+
+
+def in_order(table: pa.Table, *names: str) -> pa.Table:
+    """The table sorted by these columns: itself where it is already, as listings and caches are."""
+    greater, equal = np.zeros(max(0, len(table) - 1), bool), np.ones(max(0, len(table) - 1), bool)
+    for name in names:
+        before, after = table[name].slice(0, len(table) - 1), table[name].slice(1)
+        greater |= equal & pc.greater(before, after).to_numpy(zero_copy_only=False)
+        equal &= pc.equal(before, after).to_numpy(zero_copy_only=False)
+    return table.sort_by([(name, "ascending") for name in names]) if greater.any() else table
+
+
+def _joined(clips: pa.Table, files: pa.Table) -> pa.Table:
+    """The clips of these files with the columns of their file. Both are sorted by uri, so they go by side by side."""
+    uris, pieces = files["uri"], [clips.slice(0, 0)]
+    for name in files.column_names[1:]:
+        pieces[0] = pieces[0].append_column(name, files[name].slice(0, 0))
+    for start in starts(len(clips)):
+        part = clips.slice(start, CHUNK_ROWS)
+        low, high = part["uri"][0].as_py(), part["uri"][-1].as_py()
+        begin = bisect_left(range(len(uris)), low, key=lambda row: uris[row].as_py())
+        end = bisect_right(range(len(uris)), high, lo=begin, key=lambda row: uris[row].as_py())
+        some = files.slice(begin, end - begin)
+        row = pc.index_in(part["uri"], some["uri"].combine_chunks())
+        part, found = part.filter(pc.is_valid(row)), some.take(row.drop_null())
+        for name in files.column_names[1:]:
+            part = part.append_column(name, found[name])
+        pieces.append(part)
+    return pa.concat_tables(pieces)
 
 
 def numbered(values: Texts) -> tuple[pa.Array, npt.NDArray[np.int64]]:

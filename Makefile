@@ -15,6 +15,9 @@ PIP_PROGRESS := awk '\
 	/^Installing collected/ { print "  installing " NF - 3 " packages" } \
 	/^ *(ERROR|error)/ { print } { fflush() }'
 
+# two halves of the suite at once, each with a Ray of its own; the tests of a file stay together
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+
 .PHONY: help setup setup-gpu demo test test-all lint bench serve clean
 
 help: ## this list
@@ -40,10 +43,10 @@ demo: $(STAMP) ## from raw audio to a live answer on the generated corpus, then 
 	$(BIN)/python ray_jobs/demo.py --out demo
 
 test: $(STAMP) $(BROWSER) ## the default suite (under 12 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: $(STAMP) $(BROWSER) ## everything, the slow chaos and scale tests included
-	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow or not slow" --timeout 1800
 
 lint: $(STAMP) ## ruff, types, import rules, declared dependencies
 	$(BIN)/ruff check .

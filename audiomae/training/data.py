@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from audiomae.artifacts.features import FeatureStore
+from audiomae.artifacts.shard_cache import GIB
 from audiomae.training.sampling import Sampler
 
 
@@ -24,6 +25,27 @@ class Batch:
     step: int
     clips: npt.NDArray[np.int64]
     features: npt.NDArray[np.float16]
+
+
+def cache_caution(
+    shards: npt.ArrayLike, frames: npt.ArrayLike, bands: int, shuffle_shards: int, cache_gib: float
+) -> str | None:
+    """What to know of a cache on S3 that a node must read more than once in an epoch, if it is one.
+
+    Args:
+        shards, frames: int[N] where each clip lies and how long it is.
+        bands: mel bands of a frame, float16 each.
+        shuffle_shards, cache_gib: settings of `data`.
+    """
+    sizes = np.bincount(np.asarray(shards), weights=np.asarray(frames)) * bands * 2 / GIB
+    at_once = float(np.sort(sizes)[-2 * shuffle_shards :].sum())  # this window of shards and the next
+    if cache_gib >= at_once:
+        return None
+    return (
+        f"data.cache_gib {cache_gib:g} holds less than the features read at a time ({at_once:.3g} GiB, two windows of "
+        f"data.shuffle_shards {shuffle_shards}): a node that has all workers fetches them more than once an epoch; "
+        "raise the one or lower the other"
+    )
 
 
 class Loader:

@@ -35,6 +35,7 @@ from audiomae.storage import (
     write_bytes,
     write_json,
 )
+from audiomae.training.data import cache_caution
 from audiomae.training.items import CORPUS_ROOT, build_items
 from audiomae.training.recipe import Recipe
 from audiomae.training.split import cautions, repeated
@@ -124,7 +125,13 @@ def _prepare(run: Any, config: TrainConfig) -> _Prepared:
     training = len(items) - int(pc.sum(items["validation"]).as_py() or 0)
     print(f"{len(items)} clips from {len(listing)} files: {training} to train on, {len(items) - training} held out")
     steps = config.epochs * max(1, training // config.batch_size)
-    for line in cautions(items, steps, _copies(cache, items)):
+    said: list[str | None] = [*cautions(items, steps, _copies(cache, items))]
+    if not is_local(to_path(cache)):
+        data = config.data
+        said.append(
+            cache_caution(items["shard"], items["frames"], features.n_mels, data.shuffle_shards, data.cache_gib)
+        )
+    for line in filter(None, said):
         print(f"caution: {line}")
     if training < 2:
         raise UserError(

@@ -9,7 +9,7 @@ from audiomae.artifacts.features import FeatureStore, Segment, read_clips, write
 from audiomae.artifacts.shard_cache import GIB, ShardCache
 from audiomae.errors import IntegrityError, UserError
 from audiomae.storage import to_path
-from audiomae.training.data import Loader
+from audiomae.training.data import Loader, cache_caution
 from audiomae.training.sampling import Sampler
 from ray_jobs.training.feature_cache import shard_starts
 
@@ -84,6 +84,15 @@ def test_a_small_disk_is_enough_and_each_node_fetches_its_share(remote: str, tmp
     assert sorted(seen) == list(range(SHARDS * CLIPS))
     # each lane's ends may lie inside a shard, so that two lanes need it
     assert fetched <= 1.2 * SHARDS * shard_bytes / workers + 3 * shard_bytes
+
+
+def test_a_cache_too_small_for_what_is_read_at_a_time_is_said() -> None:
+    shards, frames = np.repeat(np.arange(SHARDS), CLIPS), np.full(SHARDS * CLIPS, FRAMES)
+    window = 4 * CLIPS * FRAMES * BANDS * 2 / GIB
+    assert cache_caution(shards, frames, BANDS, 4, 2 * window) is None
+    said = cache_caution(shards, frames, BANDS, 4, 1.9 * window)
+    assert said is not None and "data.shuffle_shards 4" in said
+    assert cache_caution(shards, frames, BANDS, 64, SHARDS / 4 * window) is None  # all of it fits
 
 
 def test_bytes_that_are_not_those_of_the_receipt_are_refused(remote: str, tmp_path: Path) -> None:

@@ -110,6 +110,9 @@ class EmbedOptions(PlacementConfig, ReadAs):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the encoder's arithmetic; auto: bfloat16 on a GPU that has it, float32 on every CPU"
     )
+    compile: bool | None = Field(
+        None, description="fuse the encoder's blocks on a GPU (torch.compile); default: from 50,000 files on"
+    )
     allow_precision_change: bool = Field(
         False, description="let --dtype differ from what is in --out already; each receipt records its own"
     )

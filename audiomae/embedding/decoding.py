@@ -215,6 +215,7 @@ class EmbedJob(StrictConfig):
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | None = None
+    compiled: bool = False
     threads: int = 1
     isolate: bool = False
     stall_timeout_s: float = 600.0

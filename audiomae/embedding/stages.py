@@ -13,6 +13,7 @@ import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -20,6 +21,7 @@ from audiomae.artifacts.embeddings import ShardOrigin, agree_on_precision, commi
 from audiomae.embedding.decoding import EmbedJob, Item, decoder_of
 from audiomae.embedding.embedder import BatchEncoder, ShardResult, embed_shard
 from audiomae.embedding.payload import Payload
+from audiomae.embedding.pieces import Clip
 from audiomae.embedding.plan import ShardEntry, read_shard_items
 from audiomae.errors import IntegrityError
 from audiomae.model.encoder import AudioEncoder
@@ -61,7 +63,25 @@ class _Embedder:
                 "the encoder was replaced while the job ran; restore it or embed into a fresh folder"
             )
         self.encode = BatchEncoder(encoder, job.batch_size)
+        if job.compiled and encoder.device.type == "cuda":
+            self.encode = self._compiled() or self.encode
         self.worker, self.device = f"{socket.gethostname()}-{os.getpid()}", str(encoder.device)
+
+    def _compiled(self) -> BatchEncoder | None:
+        """The encoder with compiled blocks, tried on one batch; None, and a line that says why, where that fails."""
+        before = self.encode
+        encoder = AudioEncoder.load(self.job.encoder, device=before.device, dtype=before.encoder.precision)
+        encoder.compile_blocks()
+        encode = BatchEncoder(encoder, self.job.batch_size)
+        window_s = self.job.settings.window_s or encoder.window_s
+        window = Clip(0.0, window_s, np.zeros(round(window_s * encoder.sample_rate), np.float32))
+        try:
+            encode([window] * encode.batch_size)
+        except Exception as error:  # no C compiler on the node, a block that cannot be traced: slower, and as right
+            reason = str(error).partition("\n")[0]
+            print(f"note: the encoder runs uncompiled: {type(error).__name__}: {reason}", flush=True)
+            return None
+        return encode
 
     def commit(self, entry: ShardEntry, result: ShardResult, began: float) -> Item:
         """Commit a shard and report on it."""

@@ -171,6 +171,17 @@ class AudioEncoder(nn.Module):
         )
         write_receipt(target, self.fingerprint)
 
+    def compile_blocks(self) -> None:
+        """Fuse what lies between the matrix products of each transformer block (torch.compile), for long jobs on a GPU.
+
+        The first batches take seconds each, and any error of the compiler comes with them. Weights, their names and
+        the fingerprint stay; vectors change in their last digits.
+        """
+        for name, module in self.backbone.named_modules():
+            if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "blocks" and "decoder" not in name:
+                for block in module:
+                    block.compile(dynamic=True)
+
     # --- facts ------------------------------------------------------------------------------------------------------
 
     @property

@@ -37,6 +37,7 @@ from ray_jobs.embed.execution import probe_durations, run_passes
 from ray_jobs.embed.summary import accounting, counts_of, failure_counts, final_line, summarise
 from ray_jobs.embed.topology import choose_topology
 
+COMPILED_FROM = 50_000  # files; compiling takes an encoder about as long as 50,000 windows of the base size
 ENCODER_KINDS = ("official:", "timm:local-dir:")
 KEPT_SETTINGS = ("silence", "silence_db", "silence_range_db", "on_damage", "channel")
 """What a relaunch need not repeat: it stays as the folder was begun."""
@@ -267,6 +268,7 @@ def carry_out(config: EmbedConfig, plan: Plan, began: float) -> dict[str, Any]:
         device=config.device,
         dtype=config.dtype,
         batch_size=config.batch_size,
+        compiled=plan.num_items >= COMPILED_FROM if config.compile is None else config.compile,
         threads=config.threads,
         stall_timeout_s=config.stall_timeout_s,
     )

@@ -1,7 +1,9 @@
 """What the workers of one job agree on before they encode."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -9,6 +11,7 @@ from audiomae.artifacts.embeddings import agree_on_precision, committed_shards, 
 from audiomae.artifacts.tables import EmbedSettings
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.listing import Listing
+from audiomae.embedding.pieces import Clip
 from audiomae.embedding.plan import new_plan
 from audiomae.embedding.stages import FusedStage
 from audiomae.model.audiomae import AudioMAEConfig
@@ -62,3 +65,31 @@ def test_several_precisions_have_one_name() -> None:
     assert joined_precision([None, None]) is None
     assert joined_precision(["float32", None, "float32"]) == "float32"
     assert joined_precision(["float32", "bfloat16"]) == "bfloat16+float32"
+
+
+def test_an_encoder_that_cannot_be_compiled_goes_on_as_it_is(job, tmp_path, monkeypatch, capsys) -> None:
+    def compile_blocks(encoder: AudioEncoder) -> None:
+        def broken(*_: object) -> None:
+            raise RuntimeError("no C compiler\nand a long story")
+
+        monkeypatch.setattr(encoder.backbone.blocks[0], "forward", broken)
+
+    monkeypatch.setattr(AudioEncoder, "compile_blocks", compile_blocks)
+    stage = FusedStage(job.model_copy(update={"out": str(tmp_path)}))
+    before = stage.encode
+    assert stage._compiled() is None and stage.encode is before
+    assert capsys.readouterr().out == "note: the encoder runs uncompiled: RuntimeError: no C compiler\n"
+
+
+@pytest.mark.slow  # the compiler takes half a minute
+def test_compiled_blocks_compute_the_same(job, tmp_path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler: install g++")
+    stage = FusedStage(job.model_copy(update={"out": str(tmp_path)}))
+    compiled = stage._compiled()
+    assert compiled is not None and compiled.encoder.fingerprint == stage.encode.encoder.fingerprint
+    draw = np.random.default_rng(0)
+    clips = [
+        Clip(0.0, seconds, draw.normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)) for seconds in (2, 1.3, 0.4)
+    ]
+    np.testing.assert_allclose(compiled(clips), stage.encode(clips), atol=1e-5)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from audiomae.errors import ConfigError, IntegrityError
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, EncoderOutput
 from audiomae.model.chunking import encode_long
 from audiomae.model.devices import pick_device, pick_precision
-from audiomae.model.encoder_config import EncoderConfig, ProjectionConfig, as_saved
+from audiomae.model.encoder_config import EncoderConfig, ProjectionConfig, SpectrogramViTConfig, as_saved
 from audiomae.model.encoder_files import (
     CONFIG_FILE,
     TEXT_SUBDIR,
@@ -41,8 +41,10 @@ from audiomae.model.encoder_files import (
 from audiomae.model.features import LogMel
 from audiomae.model.pooling import Pooling, PoolingName
 from audiomae.model.text import TextTower
-from audiomae.model.vit import SpectrogramViT, SpectrogramViTConfig
 from audiomae.storage import to_path, write_bytes, write_json
+
+if TYPE_CHECKING:  # it imports timm, which costs more than all the rest
+    from audiomae.model.vit import SpectrogramViT
 
 DECODER = "backbone.decoder."
 Clip = str | PathLike[str] | np.ndarray | Tensor
@@ -408,13 +410,15 @@ class AudioEncoder(nn.Module):
             )
 
 
-def _backbone(config: AudioMAEConfig | SpectrogramViTConfig, with_decoder: bool) -> AudioMAE | SpectrogramViT:
+def _backbone(config: AudioMAEConfig | SpectrogramViTConfig, with_decoder: bool) -> "AudioMAE | SpectrogramViT":
     if isinstance(config, AudioMAEConfig):
         return AudioMAE(config, decoder=with_decoder)
     if with_decoder:
         raise ConfigError(
             f"{config.architecture}: only AudioMAE++ backbones have a decoder; train this one without MAE"
         )
+    from audiomae.model.vit import SpectrogramViT
+
     return SpectrogramViT(config)
 
 

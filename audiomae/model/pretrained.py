@@ -19,9 +19,9 @@ from audiomae.config import build_config
 from audiomae.errors import ConfigError
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, flat_positions, grid_positions
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
-from audiomae.model.encoder_config import SIZES
+from audiomae.model.encoder_config import SIZES, SpectrogramViTConfig
 from audiomae.model.features import FeatureConfig
-from audiomae.model.vit import FIXED_ARGS, SpectrogramViT, SpectrogramViTConfig, check_vit
+from audiomae.model.vit import FIXED_ARGS, SpectrogramViT, check_vit
 from audiomae.storage import fetch_dir, is_local, to_path
 
 OFFICIAL_FEATURES = FeatureConfig(drop_last_frame=False, range_db=None)

@@ -5,11 +5,14 @@ whoever adds a field has added the flag.
 """
 
 import argparse
+import os
 import sys
+import threading
 import time
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
@@ -21,6 +24,8 @@ from audiomae.errors import AudioMAEError, ConfigError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 PACKAGE_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks what `ray job submit` sends
+SAID_AFTER_S, SAID_EVERY_S = 3.0, 10.0
+"""No command keeps silent for longer than the first; while nothing changes it speaks again after the second."""
 _ABSENT: Any = argparse.SUPPRESS  # flags that were not given leave no value behind
 
 
@@ -160,28 +165,86 @@ def run_command(command: Command, work: Callable[[Any], object], argv: Sequence[
 
 
 def run_job(main: Callable[[], int | None]) -> NoReturn:
-    """Run a job's `main` and exit with 0 (done), 1 (failed) or 2 (bad usage or config)."""
+    """Run a job's `main` and exit with 0 (done), 1 (failed) or 2 (bad usage or config).
+
+    What a person can put right is one line, a fault of the program a traceback. `AUDIOMAE_TRACEBACK=1` always shows it.
+    """
     try:
         sys.exit(main() or EXIT_OK)
-    except AudioMAEError as error:
-        kind = "config error" if isinstance(error, ConfigError) else "error"
-        print(f"{kind}: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        said = line_of(error)
+        if said is None or os.environ.get("AUDIOMAE_TRACEBACK"):
+            raise
+        print(said[0], file=sys.stderr)
+        sys.exit(said[1])
+
+
+def line_of(error: BaseException) -> tuple[str, int] | None:
+    """What is printed of an error that a person can put right, and the exit status; None for any other.
+
+    These are the product's own errors, those of files and of S3, also where a Ray task raised them.
+    """
+    inner = getattr(error, "cause", None)  # Ray wraps what a task raised, and adds its traceback to the text
+    if isinstance(inner, Exception):
+        error = inner
+    if isinstance(error, AudioMAEError):
+        kind = "config error" if isinstance(error, ConfigError) else "error"
+        return f"{kind}: {error}", error.exit_status
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):  # of botocore, by way of s3fs
+        from audiomae.s3 import ACCESS
+
+        return f"error: S3: {error}; {ACCESS}", EXIT_FAILED
+    if isinstance(error, OSError) or type(error).__module__.startswith("botocore."):
+        return f"error: {error}", EXIT_FAILED
+    return None
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """While the block runs, say on stderr what is being waited for: after three seconds, then every ten."""
+    began = time.monotonic()
+    with _reminding(lambda: _say(f"{what}: {_duration(time.monotonic() - began)} so far")):
+        yield
+
+
+@contextmanager
+def _reminding(remind: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, call `remind` from a thread of its own, after three seconds and then every ten."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        pause = SAID_AFTER_S
+        while not stop.wait(pause):
+            remind()
+            pause = SAID_EVERY_S
+
+    watcher = threading.Thread(target=watch, name="reminder", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
     """A progress line on stderr with rate and ETA, printed at most every `every_s` seconds.
 
-    Usable as a context manager; `close` prints the closing line.
+    As a context manager it also prints while nothing happens, and the closing line at the end.
     """
 
     def __init__(self, label: str, total: int | None, unit: str, every_s: float = 3.0) -> None:
         self.label, self.total, self.unit, self.every_s = label, total, unit, every_s
         self.done = 0
         self._started = self._printed = time.monotonic()
+        self._reminder = _reminding(self._remind)
 
     def update(self, amount: int = 1, note: str = "") -> None:
         """Count `amount` more units as done."""
@@ -196,10 +259,19 @@ class Progress:
         self._print(time.monotonic(), note)
 
     def __enter__(self) -> "Progress":
+        self._reminder.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._reminder.__exit__(None, None, None)
         self.close()
+
+    def _remind(self) -> None:
+        now = time.monotonic()
+        if self.done and now - self._printed < SAID_EVERY_S:
+            return
+        self._printed = now
+        self._print(now, "")
 
     def _print(self, now: float, note: str) -> None:
         elapsed = max(now - self._started, 1e-9)
@@ -208,11 +280,13 @@ class Progress:
         if self.total:
             text += f"/{self.total:,}"
         text += f" {self.unit}, {rate:,.1f} {self.unit}/s"
-        if self.total and rate > 0 and self.done < self.total:
+        if not self.done:
+            text = text.rpartition(",")[0] + f", waiting for the first {self.unit}, {_duration(elapsed)}"
+        elif self.total and rate > 0 and self.done < self.total:
             text += f", {_duration((self.total - self.done) / rate)} left"
         else:
             text += f", {_duration(elapsed)}"
-        print(text + (f", {note}" if note else ""), file=sys.stderr, flush=True)
+        _say(text + (f", {note}" if note else ""))
 
 
 def _duration(seconds: float) -> str:

@@ -15,6 +15,10 @@ class UserError(AudioMAEError):
     """Something the user can fix: a missing corpus, a mismatch, a lost race."""
 
 
+class ModelError(UserError, RuntimeError):
+    """A model from elsewhere (timm, a text model) that cannot be loaded; the text says why and what is expected."""
+
+
 class ListingError(UserError):
     """A listing (CSV, JSONL, Parquet) that cannot be read as one; the text names the column, line or encoding."""
 
@@ -69,3 +73,9 @@ class ItemError(AudioMAEError):
     def __init__(self, stage: str, error_class: str, message: str, passing: bool = False) -> None:
         super().__init__(stage, error_class, message, passing)
         self.stage, self.error_class, self.message, self.passing = stage, error_class, message, passing
+
+
+def in_short(error: BaseException, most: int = 300) -> str:
+    """What somebody else's error says, in one line of at most so many characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -36,6 +36,11 @@ BODY_ERRORS = (
     ConnectionError,
     TimeoutError,
 )
+NO_ACCESS = (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError)
+ACCESS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (AWS_ENDPOINT_URL where it is not Amazon's), or "
+    "run on a machine with a role"
+)
 MISSING = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
 DENIED = ("403", "AccessDenied", "Forbidden")
 
@@ -250,8 +255,8 @@ def _asked(uri: str, call: Callable[[], Any]) -> Any:
         return retry(call, lambda error: isinstance(error, BODY_ERRORS), BODY_ATTEMPTS)
     except botocore.exceptions.ClientError as error:
         raise _error(uri, error) from None
-    except botocore.exceptions.NoCredentialsError as error:
-        raise PermissionError(f"{uri}: permission denied ({error})") from None
+    except NO_ACCESS as error:
+        raise PermissionError(f"{uri}: permission denied ({error}); {ACCESS}") from None
     except (botocore.exceptions.BotoCoreError, *BODY_ERRORS) as error:
         raise OSError(f"{uri}: {type(error).__name__}: {error}") from None
 
@@ -275,10 +280,10 @@ def _pages(uri: str, **request: Any) -> Iterator[dict[str, Any]]:
         yield from pages
     except botocore.exceptions.ClientError as error:
         raise _error(uri, error) from None
-    except botocore.exceptions.NoCredentialsError as error:
-        raise PermissionError(f"{uri}: permission denied ({error})") from None
+    except NO_ACCESS as error:
+        raise PermissionError(f"{uri}: permission denied ({error}); {ACCESS}") from None
     except botocore.exceptions.BotoCoreError as error:
-        raise OSError(f"{uri}: {error}; check AWS_ENDPOINT_URL and the AWS credentials") from None
+        raise OSError(f"{uri}: {error}; {ACCESS}") from None
 
 
 def _prefix(uri: str) -> tuple[str, str]:

@@ -118,7 +118,7 @@ class EmbedOptions(PlacementConfig, ReadAs):
     )
     vector_dtype: Literal["float32", "float16"] = Field("float32", description="of the stored embeddings")
     shard_minutes: float | None = Field(
-        None, gt=0, description="minutes of audio per shard, about; default: 5 to 30 by corpus size"
+        None, gt=0, description="minutes of audio per shard, about; default: 1 to 30 by corpus size"
     )
     stall_timeout_s: float = Field(600.0, gt=0, description="give up on a file that yields no audio for so long")
     price_per_hour: float | None = Field(None, ge=0, description="of the cluster, for the cost per 1,000 audio hours")

@@ -4,6 +4,8 @@ The corpus is listed and planned once; every shard of the plan is then decoded, 
 pipeline. The same command again embeds what is not committed yet, and does nothing when all is.
 """
 
+from pathlib import Path
+
 from audiomae.cli import Command, run_command, run_job
 from ray_jobs.configs import EmbedConfig, EmbedResult
 
@@ -22,9 +24,21 @@ def embed(config: EmbedConfig) -> EmbedResult:
         UserError: no such corpus or encoder; OUT holds embeddings of another encoder, windowing or corpus; files were
             left unfinished; more than `max_failure_rate` of them failed.
     """
+    if _starts_afresh(config):
+        from ray_jobs._ray import ENCODER, connect
+
+        connect(loading=[ENCODER])  # both take seconds, mostly of waiting
     from ray_jobs.embed.job import run
 
     return run(config)
+
+
+def _starts_afresh(config: EmbedConfig) -> bool:
+    """Whether the job will need Ray, as far as can be told without loading anything."""
+    if config.check or config.dry_run or "://" in config.encoder + config.out:
+        return False
+    encoder, out = Path(config.encoder).expanduser(), Path(config.out).expanduser()
+    return encoder.is_dir() and not (out / "run.json").exists()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from audiomae.corpus.notes import Notes
 from audiomae.corpus.paths import is_s3, join, local_path, name_to_uri, scheme_of, split_s3
 from audiomae.corpus.side_by_side import read_side_by_side
 from audiomae.errors import UserError
+from audiomae.s3 import ACCESS as S3_ACCESS
 from audiomae.s3 import client as s3_client
 
 TABLE_ROWS = 8192
@@ -286,9 +287,7 @@ def _pages(uri: str, **request: Any) -> Iterator[dict[str, Any]]:
             raise UserError(f"corpus {uri!r}: no such bucket") from None
         raise UserError(f"corpus {uri!r} cannot be listed: {error}") from None
     except botocore.exceptions.BotoCoreError as error:
-        raise UserError(
-            f"corpus {uri!r} cannot be listed: {error}; check AWS_ENDPOINT_URL and the AWS credentials"
-        ) from None
+        raise UserError(f"corpus {uri!r} cannot be listed: {error}; {S3_ACCESS}") from None
 
 
 def _list_s3(uri: str) -> Iterator[Entry]:
@@ -342,7 +341,7 @@ def _s3_head(bucket: str, key: str) -> dict[str, Any] | None:
             raise PermissionError(f"s3://{bucket}/{key}: {error}") from None
         raise UserError(f"corpus s3://{bucket}/{key} cannot be listed: {error}") from None
     except botocore.exceptions.BotoCoreError as error:
-        raise UserError(f"corpus s3://{bucket}/{key} cannot be listed: {error}") from None
+        raise UserError(f"corpus s3://{bucket}/{key} cannot be listed: {error}; {S3_ACCESS}") from None
     return head
 
 

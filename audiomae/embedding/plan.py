@@ -30,7 +30,7 @@ OWN_COLUMNS = ("uri", "size", "content_id", "segment_start_s", "segment_end_s", 
 SHARDS_PER_FILE = 64
 FIX_ITEMS = "restore it, or embed into a fresh folder"
 TARGET_SHARDS = 256
-SHARD_COST_S = (300.0, 1800.0)
+SHARD_COST_S = (60.0, 1800.0)
 SEGMENT_S = 1800.0
 PROBE_ABOVE_BYTES = 8 << 20
 ITEM_OVERHEAD_S = 1.0
@@ -155,8 +155,9 @@ def _bytes_per_s(end: str) -> float:
 class Packer:
     """Assigns consecutive items to shards of about equal cost, however they are cut into tables.
 
-    The target is a 256th of the whole, but no less than 5 minutes (a commit must cost nothing) and no more than 30 (so
-    must a lost shard). Tables are held back until the target is known: at the end, or once it cannot be less than 30.
+    The target is a 256th of the whole, but no less than 1 minute (a commit must cost little, and two workers that share
+    400 short files must end together) and no more than 30 (a lost shard must cost little, too). Tables are held back
+    until the target is known: at the end, or once it cannot be less than 30.
     """
 
     def __init__(self, shard_cost_s: float | None = None) -> None:

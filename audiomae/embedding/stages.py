@@ -35,7 +35,7 @@ REPORT_SCHEMA = pa.schema(
         ("worker", pa.string()),
         ("device", pa.string()),
         ("inputs", pa.int64()),
-        ("clips", pa.int64()),
+        ("rows", pa.int64()),
         ("failed", pa.int64()),
         ("audio_s", pa.float64()),
         ("decode_s", pa.float64()),
@@ -65,6 +65,7 @@ class _Embedder:
         self.encode = BatchEncoder(encoder, job.batch_size)
         if job.compiled and encoder.device.type == "cuda":
             self.encode = self._compiled() or self.encode
+        self.lock = threading.Lock()  # two calls may run at once: one computes while the other reads or commits
         self.worker, self.device = f"{socket.gethostname()}-{os.getpid()}", str(encoder.device)
 
     def _compiled(self) -> BatchEncoder | None:
@@ -103,7 +104,7 @@ class _Embedder:
             "worker": self.worker,
             "device": self.device,
             "inputs": entry.items,
-            "clips": counts["rows"],
+            "rows": counts["rows"],
             "failed": counts["failed"],
             "audio_s": result.audio_s,
             "decode_s": result.decode_s,
@@ -117,7 +118,8 @@ class _Embedder:
 class FusedStage(_Embedder):
     """Blocks of shard entries in, reports out; decoding and encoding alternate in this process.
 
-    A few threads store what is embedded while the next shards are: a commit waits for the disk, or for S3, three times.
+    Two calls may run at once: while one decodes and encodes, the other ends its block. A few threads store what is
+    embedded while the next shards are: a commit waits for the disk, or for S3, three times.
     """
 
     def __init__(self, job: EmbedJob) -> None:
@@ -135,7 +137,9 @@ class FusedStage(_Embedder):
             if is_committed(self.job.out, entry.name):  # by a worker that was killed before it could say so
                 return _done(_report(entry, "duplicate", began))
             items = read_shard_items(self.job.out, entry)
-            result = embed_shard(items, self.decode, self.encode, self.job.settings)
+            with self.lock:
+                began = time.time()
+                result = embed_shard(items, self.decode, self.encode, self.job.settings)
         except Exception:
             return _done(_report(entry, "error", began, traceback.format_exc(limit=-3)))
         return self.committers.submit(self._commit, entry, result, began)
@@ -152,10 +156,6 @@ class EncodeStage(_Embedder):
 
     Two calls may run at once: while one encodes, the other unpacks, builds its table or commits.
     """
-
-    def __init__(self, job: EmbedJob) -> None:
-        super().__init__(job)
-        self.lock = threading.Lock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         entries = [_entry(text) for text in batch["entry"].to_pylist()]

@@ -1,7 +1,7 @@
 """The transformer block of AudioMAE++ and its parts, and a look at what its cls token attends to.
 
-The parts compute what timm's of the same names do, from weights of the same names (tested). They are written out because
-importing timm loads all of its models and torchvision with them: more CPU time than torch itself, in every process.
+The parts compute what timm's of the same names do, from weights of the same names (tested). They are written out
+because importing timm loads all of its models, and torchvision: more CPU time than torch itself, in every process.
 """
 
 from functools import partial

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from audiomae.config import build_config
-from audiomae.errors import ConfigError
+from audiomae.errors import ConfigError, ModelError, in_short
 from audiomae.model.audiomae import AudioMAE, AudioMAEConfig, flat_positions, grid_positions
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.model.encoder_config import SIZES, SpectrogramViTConfig
@@ -86,7 +86,7 @@ def load_pretrained(uri: str, with_decoder: bool = False) -> AudioEncoder:
     """Build the encoder that `official:...` or `timm:...` names, on the CPU, in float32.
 
     Raises:
-        FileNotFoundError, ConfigError, ValueError, RuntimeError: not there, or no such checkpoint; the text says why.
+        FileNotFoundError, ConfigError, ModelError: not there, or no such checkpoint; the text says why.
     """
     kind, _, rest = uri.partition(":")
     if kind == "official":
@@ -130,7 +130,7 @@ def read_official(path: str, with_decoder: bool = True) -> AudioMAE:
     try:
         model.load_state_dict(renamed)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint}: its weights do not fit {config_file.name}: {error}") from None
+        raise ConfigError(f"{checkpoint}: its weights do not fit {config_file.name}: {in_short(error)}") from None
     return model
 
 
@@ -144,11 +144,13 @@ def load_timm(name: str) -> AudioEncoder:
     try:
         architecture, model_args = _timm_recipe(name)
         vit = check_vit(timm.create_model(name, pretrained=True, **FIXED_ARGS), name)
-    except (OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
-        raise RuntimeError(
-            f"timm:{name}: cannot be loaded ({type(error).__name__}: {error}); expected hf_hub:OWNER/NAME that is "
-            "reachable from here, or local-dir:PATH with config.json and model.safetensors in timm's layout"
-        ) from error
+    except ConfigError:
+        raise
+    except Exception as error:  # of timm, of the hub's client, of the network beneath it
+        raise ModelError(
+            f"timm:{name}: cannot be loaded ({type(error).__name__}: {in_short(error)}); expected hf_hub:OWNER/NAME "
+            "that is reachable from here, or local-dir:PATH with config.json and model.safetensors in timm's layout"
+        ) from None
     backbone = SpectrogramViTConfig(
         architecture=architecture,
         model_args={**model_args, "img_size": list(vit.patch_embed.img_size)},
@@ -225,7 +227,9 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file}: not a plain checkpoint of tensors (code in it is never run): {error}") from None
+        raise ConfigError(
+            f"{file}: not a plain checkpoint of tensors (code in it is never run): {in_short(error)}"
+        ) from None
     weights = checkpoint.get("model", checkpoint)
     return {name.removeprefix("module."): value.float() for name, value in weights.items()}
 
@@ -242,7 +246,7 @@ def _check_positions(weights: dict[str, Tensor], config: AudioMAEConfig, file: P
         if table is None:
             continue
         if table.shape[1] != expected.shape[1] + 1 or not torch.allclose(table[:, 1:], expected, atol=1e-4):
-            raise ValueError(
+            raise ConfigError(
                 f"{file}: {name} {list(table.shape)} is not the sin-cos table of a {steps} x {bands} grid with cls: "
                 "img_size and patch_size of the config are not the checkpoint's, or its positions were trained"
             )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from audiomae.errors import ModelError, in_short
 from audiomae.model.encoder_config import TextConfig
 
 
@@ -19,12 +20,12 @@ class TextTower:
         """Load the model from `source` (a directory), or from `config.model` when None.
 
         Raises:
-            RuntimeError: transformers is missing, the model cannot be loaded, or its width is not `config.dim`.
+            ModelError: transformers is missing, the model cannot be loaded, or its width is not `config.dim`.
         """
         try:
             from transformers import AutoModel, AutoTokenizer
         except ImportError as error:
-            raise RuntimeError(
+            raise ModelError(
                 f"text needs the `text` extra, which is not installed ({error}): pip install '.[text]'"
             ) from None
         name = str(source or config.model)
@@ -32,13 +33,13 @@ class TextTower:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
             self._model: Any = AutoModel.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise RuntimeError(
-                f"text model {name!r} cannot be loaded: {error}; give a hub name that is reachable from here, or a "
-                "local directory in the transformers layout"
+            raise ModelError(
+                f"text model {name!r} cannot be loaded ({in_short(error)}); give a hub name that is reachable "
+                "from here, or a local directory in the transformers layout"
             ) from None
         width = self._model.config.hidden_size
         if width != config.dim:
-            raise RuntimeError(
+            raise ModelError(
                 f"text model {name!r}: its width is {width}, the config says text.dim={config.dim}: set {width}"
             )
         self.config = config

@@ -12,6 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from audiomae.errors import ConfigError
 from audiomae.model.audiomae import EncoderOutput
 from audiomae.model.blocks import cls_attention
 from audiomae.model.encoder_config import Positions, SpectrogramViTConfig
@@ -125,10 +126,10 @@ def check_vit(model: nn.Module, name: str) -> VisionTransformer:
     """The model, if it is a plain ViT with absolute positions over one channel.
 
     Raises:
-        ValueError: it is something else; the message names what fits.
+        ConfigError: it is something else; the message names what fits.
     """
     if not isinstance(model, VisionTransformer) or model.pos_embed is None:
-        raise ValueError(
+        raise ConfigError(
             f"timm model {name!r}: expected a VisionTransformer with absolute positions, got {type(model).__name__}; "
             "for example hf_hub:gaunernst/vit_base_patch16_1024_128.audiomae_as2m"
         )

@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 from audiomae.config import nearest
 from audiomae.errors import ConfigError
 from audiomae.training.columns import CHUNK_ROWS, Texts, coded, starts, texts_of
-from audiomae.training.losses import UNLABELLED
 from audiomae.training.recipe import DataConfig, Where
 from audiomae.training.split import held_out
+
+UNLABELLED = -1  # the class number of a clip whose class is not known
 
 CORPUS_ROOT = "corpus_root"  # metadata of items.parquet: what its uris are relative to
 LISTING_COLUMNS = ("uri", "size", "content_id")

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from audiomae.training.items import UNLABELLED
+
 MAX_LOGIT_SCALE = 100.0
-UNLABELLED = -1
 
 
 def info_nce(

@@ -259,6 +259,15 @@ class Recipe(StrictConfig):
     workers: WorkersConfig = Field(WorkersConfig(), description="the Ray Train workers")
 
     @model_validator(mode="after")
+    def _captions_have_a_model(self) -> "Recipe":
+        if self.objective.clap and self.encoder.text is None:
+            raise ValueError(
+                "objective.clap compares sounds with sentences, but encoder.text, the model that reads sentences, is "
+                "not set: add --set encoder.text.model=NAME_OR_FOLDER, or take --recipe clap, or set objective.clap=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_fits(self) -> "Recipe":
         smallest = self.batch_size // self.workers.range[1] // self.accumulate
         if smallest < 1:

@@ -14,7 +14,7 @@ from audiomae.model.encoder import AudioEncoder
 from audiomae.training.augment import AugmentConfig, augment
 from audiomae.training.diagnostics import collapse_gauges
 from audiomae.training.distributed import gather, rank, world_size
-from audiomae.training.losses import UNLABELLED
+from audiomae.training.items import UNLABELLED
 from audiomae.training.recipe import ValidationConfig
 
 BATCH = 32

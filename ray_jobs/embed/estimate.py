@@ -36,7 +36,7 @@ def estimate(encoder: str, settings: EmbedSettings, root: str, listing: pa.Table
     seconds = sum(duration for _, duration in sample) * float(sizes.sum()) / sampled_bytes
     # files that cannot be opened give no audio
     seconds *= sum(int(sizes[row]) for row, _ in sample) / max(1, int(sizes[rows].sum()))
-    clips = (
+    windows = (
         listing.num_rows
         if settings.mode == "file"
         else max(listing.num_rows * len(sample) / len(rows), seconds / settings.hop_s)
@@ -46,10 +46,10 @@ def estimate(encoder: str, settings: EmbedSettings, root: str, listing: pa.Table
     return {
         "files": listing.num_rows,
         "audio_hours": seconds / 3600,
-        "clips": round(clips),
+        "windows": round(windows),
         "cpu_hours": core_s * seconds / 3600,
         "hours": core_s * seconds / 3600 / (os.cpu_count() or 1),
-        "disk_gib": clips * (width + ROW_BYTES) / 2**30,
+        "disk_gib": windows * (width + ROW_BYTES) / 2**30,
         "memory_gib_per_worker": psutil.Process().memory_info().rss / 2**30,
     }
 

@@ -33,6 +33,8 @@ ROUND_SHARDS = 16_384  # given to Ray Data at once: the driver's memory and time
 MOST_SHARDS_A_BLOCK, BLOCKS_A_WORKER = 16, 64
 # a lost worker is replaced for as long as the job runs, but a shard that keeps killing its worker is given up
 WORKER_FAULTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 1}
+# at once in a worker: one computes while the other reads or commits
+TWO_CALLS: dict[str, Any] = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
 
 
 def run_passes(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> list[dict[str, Any]]:
@@ -130,7 +132,7 @@ def _fused(dataset: Dataset, job: EmbedJob, topology: Topology) -> Dataset:
         fn_constructor_args=[job],
         batch_size=1,  # a row is a block of shards
         batch_format="pyarrow",
-        compute=_pool(topology, max_tasks_in_flight_per_actor=2),
+        compute=_pool(topology, max_tasks_in_flight_per_actor=2, **TWO_CALLS),
         scheduling_strategy="SPREAD",
         **topology.encode.options,
         **WORKER_FAULTS,
@@ -147,7 +149,6 @@ def _split(dataset: Dataset, job: EmbedJob, topology: Topology) -> Dataset:
         **topology.decode.options,
         max_retries=1,
     )
-    # two calls at once per worker: one encodes while the other unpacks, builds its table and commits
     return decoded.map_batches(
         EncodeStage,
         fn_constructor_args=[job],
@@ -156,8 +157,7 @@ def _split(dataset: Dataset, job: EmbedJob, topology: Topology) -> Dataset:
         compute=_pool(
             topology,
             max_tasks_in_flight_per_actor=3,
-            max_concurrent_calls_per_actor=2,
-            enable_true_multi_threading=True,
+            **TWO_CALLS,
         ),
         **topology.encode.options,
         **WORKER_FAULTS,

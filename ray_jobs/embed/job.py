@@ -34,7 +34,7 @@ from ray_jobs._shared_disk import check_shared_disk
 from ray_jobs.configs import EmbedConfig, EmbedResult
 from ray_jobs.embed.estimate import estimate
 from ray_jobs.embed.execution import probe_durations, run_passes
-from ray_jobs.embed.summary import accounting, counts_of, failure_counts, final_line, summarise
+from ray_jobs.embed.summary import accounting, counts_of, failure_lines, final_line, summarise
 from ray_jobs.embed.topology import choose_topology
 
 COMPILED_FROM = 50_000  # files; compiling takes an encoder about as long as 50,000 windows of the base size
@@ -290,10 +290,8 @@ def finish(config: EmbedConfig, plan: Plan, summary: dict[str, Any]) -> EmbedRes
         collect_garbage(config.out, embeddings)
     totals = counts | {"inputs": plan.num_items, "precision": embeddings.precision, "last_run": summary}
     write_run(config.out, run_record(config, plan, "complete" if complete else "incomplete") | totals)
-    print(final_line(summary, failed))
-    print(accounting(counts, plan.num_items))
-    for error_class, count in failure_counts(embeddings):
-        print(f"  {count:,} {error_class}")
+    print(final_line(summary, failed, "windows" if plan.settings.mode == "windows" else "files"))
+    print("\n".join([accounting(counts, plan.num_items), *failure_lines(embeddings)]))
     print(f"{embeddings.num_rows:,} embeddings in {config.out}")
     if not complete:
         raise UserError(

@@ -11,6 +11,7 @@ from audiomae.embedding.stages import COMMITTERS
 from ray_jobs._cluster import cpus_now
 from ray_jobs.embed.topology import Topology
 
+FAILURES_SHOWN = 3
 COUNTS = ("inputs", "rows", "failed", "damaged", "silent")
 
 
@@ -30,16 +31,16 @@ def summarise(
         skipped: files embedded before this run.
     """
     receipts = list(receipts)
-    inputs, clips = sum(receipt.inputs for receipt in receipts), sum(receipt.rows for receipt in receipts)
+    inputs, rows = sum(receipt.inputs for receipt in receipts), sum(receipt.rows for receipt in receipts)
     audio_s = sum(receipt.audio_s for receipt in receipts)
-    summary: dict[str, Any] = {"inputs": inputs, "clips": clips, "audio_s": audio_s, "skipped": skipped}
+    summary: dict[str, Any] = {"inputs": inputs, "rows": rows, "audio_s": audio_s, "skipped": skipped}
     summary["elapsed_s"] = round(elapsed_s, 3)
     done = [report for report in reports if report["status"] == "committed"]
     if not done or topology is None:
         return summary
     wall_s = max(report["ended"] for report in done) - min(report["began"] for report in done)
     stages = stage_shares(done, topology, wall_s)
-    summary |= {"wall_s": wall_s, "clips_per_s": clips / wall_s, "x_real_time": audio_s / wall_s}
+    summary |= {"wall_s": wall_s, "rows_per_s": rows / wall_s, "x_real_time": audio_s / wall_s}
     summary |= {"topology": topology.describe(), "stages": stages, "bottleneck": max(stages, key=stages.__getitem__)}
     if price_per_hour is not None and audio_s:
         summary["cost_per_1000_audio_hours"] = price_per_hour * elapsed_s / audio_s * 1000
@@ -61,14 +62,14 @@ def stage_shares(reports: Sequence[dict[str, Any]], topology: Topology, wall_s: 
     }
 
 
-def final_line(summary: dict[str, Any], failed: int) -> str:
-    """Clips, audio hours, speed, failures, skipped, bottleneck, cost."""
+def final_line(summary: dict[str, Any], failed: int, unit: str) -> str:
+    """Rows, audio hours, speed, failures, skipped, bottleneck, cost; a row is a `unit`: one of the windows or files."""
     if "wall_s" not in summary:
         return f"nothing to do: {summary['skipped']:,} files were embedded before, {failed:,} of them failed"
     parts = [
-        f"{summary['clips']:,} clips, {summary['audio_s'] / 3600:,.2f} audio hours in {summary['wall_s']:,.1f} s",
-        f"{summary['clips_per_s']:,.1f} clips/s, {summary['x_real_time']:,.0f}x real time",
-        f"{failed:,} failed, {summary['skipped']:,} skipped",
+        f"{summary['rows']:,} {unit}, {summary['audio_s'] / 3600:,.2f} audio hours in {summary['wall_s']:,.1f} s",
+        f"{summary['rows_per_s']:,.1f} {unit}/s, {summary['x_real_time']:,.0f}x real time",
+        f"{failed:,} files failed, {summary['skipped']:,} skipped",
         f"bottleneck {summary['bottleneck']} ("
         + ", ".join(f"{name} {share:.0%}" for name, share in summary["stages"].items())
         + " busy)",
@@ -78,12 +79,20 @@ def final_line(summary: dict[str, Any], failed: int) -> str:
     return "; ".join(parts)
 
 
-def failure_counts(embeddings: EmbeddingSet) -> list[tuple[str, int]]:
-    """Error classes of the inputs that failed, most frequent first."""
+def failure_lines(embeddings: EmbeddingSet) -> list[str]:
+    """Which inputs failed and why: error classes, most frequent first, the first files, and where all of them are."""
     failures = embeddings.failures()
     failed = failures.filter(pc.equal(failures["kind"], FAILED))
+    if not len(failed):
+        return []
     counts = failed.group_by("error_class").aggregate([("uri", "count")]).to_pylist()
-    return sorted(((row["error_class"], row["uri_count"]) for row in counts), key=lambda pair: -pair[1])
+    lines = [
+        f"  {row['uri_count']:,} {row['error_class']}" for row in sorted(counts, key=lambda row: -row["uri_count"])
+    ]
+    for row in failed.slice(0, FAILURES_SHOWN).to_pylist():
+        lines.append(f"  {row['uri']}: {row['error_class']} ({row['stage']}): {' '.join(row['message'].split())}")
+    more = f"{len(failed) - FAILURES_SHOWN:,} more and " if len(failed) > FAILURES_SHOWN else ""
+    return [*lines, f"  {more}all reasons: {embeddings.path}/failures"]
 
 
 def counts_of(receipts: Iterable[ShardReceipt]) -> dict[str, int]:

@@ -31,7 +31,7 @@ def run(config: EvaluateConfig) -> Evaluation:
         _print_table([done, *done["others"].values()])
         return Evaluation(str(out), done, f"{out}/report.html")
 
-    names = display_names([config.embeddings, *config.compare])
+    names = display_names([found.encoder for found in sets], [config.embeddings, *config.compare])
     try:
         subjects = [
             read_rows(found, name, config.label, config.group, config.level)
@@ -56,18 +56,31 @@ def run(config: EvaluateConfig) -> Evaluation:
     return Evaluation(str(out), metrics, f"{out}/report.html")
 
 
-def display_names(directories: Sequence[str]) -> list[str]:
-    """What the report calls each run: the part of its path that tells it from the others."""
-    paths = [list(PurePosixPath(directory.rstrip("/")).parts) for directory in directories]
-    if len(paths) == 1:
-        own = [part for part in paths[0] if part not in ("embeddings", "emb", "/", "..", ".")]
-        return [own[-1] if own else directories[0]]
-    while all(len(parts) > 1 for parts in paths) and len({parts[-1] for parts in paths}) == 1:
-        paths = [parts[:-1] for parts in paths]
-    while all(len(parts) > 1 for parts in paths) and len({parts[0] for parts in paths}) == 1:
-        paths = [parts[1:] for parts in paths]
-    names = ["/".join(parts) for parts in paths]
-    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+def display_names(encoders: Sequence[str], directories: Sequence[str]) -> list[str]:
+    """What the report calls each run: its encoder, where that tells them apart, else its folder of embeddings.
+
+    Of an address it is the last part that says something and is not the others'.
+    """
+    names = _telling(encoders)
+    if len(set(names)) < len(names):
+        names = _telling(directories)
+    return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names)]
+
+
+def _telling(addresses: Sequence[str]) -> list[str]:
+    paths = [_saying(address) or [address] for address in addresses]
+    for end in (-1, 0):
+        while len(paths) > 1 and all(len(parts) > 1 for parts in paths) and len({parts[end] for parts in paths}) == 1:
+            paths = [parts[:-1] if end else parts[1:] for parts in paths]
+        if len({parts[-1] for parts in paths}) == len(paths):
+            return [parts[-1] for parts in paths]
+    return ["/".join(parts) for parts in paths]
+
+
+def _saying(address: str) -> list[str]:
+    """The parts of an address without those that any run has."""
+    parts = PurePosixPath(address.rstrip("/")).parts
+    return [part for part in parts if part not in ("embeddings", "encoder", "emb", "/", "..", ".")]
 
 
 def _open(directory: str) -> EmbeddingSet:

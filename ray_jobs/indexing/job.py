@@ -47,7 +47,7 @@ def run(config: BuildConfig) -> Release:
         assert base is not None
         removed = releases.gc(config.out, config.keep_versions)
         left = f" ({len(removed)} left-overs of other builds removed)" if removed else ""
-        print(f"nothing to do: {base.version} at {config.out} already holds all {base.info['rows']:,} clips{left}")
+        print(f"nothing to do: {base.version} at {config.out} already holds all {base.info['rows']:,} rows{left}")
         return base
     print(
         f"{work.reason}: {work.num_new:,} rows to index in {len(work.parts)} parts; segments: "
@@ -220,7 +220,7 @@ def print_summary(published: Release, out: str, seconds: float) -> None:
     settings = {"ivf": f", nprobe {spec['nprobe']}, refine {spec['refine']}", "hnsw": f", effort {spec['effort']}"}
     kind = spec["factory"] + settings[spec["kind"]] if spec["factory"] else "exhaustive scan"
     lines = [
-        f"published {published.path}: {info['rows']:,} clips ({info['rows_deleted']:,} deleted) in "
+        f"published {published.path}: {info['rows']:,} rows ({info['rows_deleted']:,} deleted) in "
         f"{len(info['segments'])} segments, {kind}, recall@{measured['k']} {measured['value']:.4f} on "
         f"{measured['queries']} queries, {seconds:.1f} s"
     ]

@@ -11,9 +11,8 @@ from audiomae.artifacts.features import cache_key, pending_shards, read_clips, v
 from audiomae.cli import Progress
 from audiomae.corpus.manifest import list_corpus
 from audiomae.errors import UserError
-from audiomae.model.features import FeatureConfig
+from audiomae.model.encoder_config import FeatureConfig
 from audiomae.storage import is_local, to_path, write_json
-from audiomae.training.extract import Extractor, cache_recipe
 from audiomae.training.items import matches
 from audiomae.training.recipe import DataConfig
 from ray_jobs._cluster import Request, hint, notice_of_waiting
@@ -52,6 +51,8 @@ def build_cache(
     Raises:
         UserError: not one file could be decoded.
     """
+    from audiomae.training.extract import cache_recipe
+
     recipe = cache_recipe(features, clip_s)
     path = to_path(where) / cache_key(listing, recipe)
     starts = shard_starts(listing["size"].to_numpy(zero_copy_only=False), clip_s)
@@ -101,6 +102,8 @@ def _extract(cache: str, shards: list[pa.Table], root: str, features: FeatureCon
     settings = features.model_dump(mode="json")
 
     def extract(row: dict) -> dict:
+        from audiomae.training.extract import Extractor
+
         extractor = Extractor(root, FeatureConfig(**settings), clip_s)
         write_shard(cache, int(row["index"]), list(row["uris"]), extractor)
         return {"files": len(row["uris"])}

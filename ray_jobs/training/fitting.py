@@ -13,7 +13,7 @@ from audiomae.training.auto import Machine, choose, facts_of
 from audiomae.training.items import matches
 from audiomae.training.recipe import Recipe
 from ray_jobs._cluster import node_types, nodes, offers_gpus
-from ray_jobs._ray import connect
+from ray_jobs._ray import ENCODER, connect
 from ray_jobs.configs import RECIPES, TrainConfig
 from ray_jobs.training.feature_cache import list_files
 
@@ -70,7 +70,7 @@ def _choose(config: TrainConfig) -> dict[str, Any]:
     root, listing = list_files(config.corpus, config.data)
     if config.data.exclude:
         listing = listing.filter(pa.array(~matches(listing, config.data.exclude, "exclude")))
-    connect()
+    connect(loading=[ENCODER])
     machine = _machine()
     choice = choose(facts_of(listing, sampled_headers(root, listing), config.data), machine)
     return {"recipe": choice.recipe, "changes": choice.changes, "reasons": choice.reasons}

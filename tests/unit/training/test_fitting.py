@@ -21,7 +21,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         folder = tmp_path / "sounds" / ("low", "high")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / f"{number}.wav", np.ones(16_000) * 0.1, 16_000)
-    monkeypatch.setattr(fitting, "connect", lambda: None)
+    monkeypatch.setattr(fitting, "connect", lambda **_: None)
     monkeypatch.setattr(fitting, "nodes", lambda: [{"CPU": 2.0}])
     monkeypatch.setattr(fitting, "offers_gpus", lambda: False)
     return str(tmp_path / "sounds")

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from audiomae.vectors import normalised
+
 DEFAULT_KS = (1, 5, 10)
 KNN_TEMPERATURE = 0.07
 _SIMILARITIES_PER_BLOCK = 8_000_000  # float32: 32 MB of similarities in memory at a time
@@ -287,7 +289,7 @@ def _checked(name: str, vectors: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[
         raise ValueError(
             f"{name}: {bad} of {len(data)} vectors hold NaN or infinity; the encoder that made them is broken"
         )
-    return data / np.maximum(np.linalg.norm(data, axis=1, keepdims=True), 1e-12), classes
+    return normalised(data), classes
 
 
 def _same_id_codes(

@@ -8,6 +8,7 @@ import numpy as np
 
 from audiomae.corpus.decode import DecodeLimits, Window, iter_windows
 from audiomae.errors import DecodeError
+from audiomae.vectors import clip_vectors
 from serve.arguments import ServeArgs
 from serve.problems import Problem
 from serve.queries import WHOLE, Region
@@ -70,5 +71,4 @@ def clip_vector(vectors: np.ndarray) -> np.ndarray:
 
     The same rule by which `embed_corpus.py --per-file` embeds a file.
     """
-    mean = vectors.mean(axis=0)
-    return mean / max(float(np.linalg.norm(mean)), 1e-12)
+    return clip_vectors(vectors, np.zeros(len(vectors), np.int64))[0]

@@ -27,6 +27,7 @@ from audiomae.embedding.decoding import Decode, Item, consume_item, damage_row, 
 from audiomae.embedding.pieces import BLOCK, Clip, Damage, Piece, Silent
 from audiomae.embedding.plan import extra_columns
 from audiomae.model.encoder import AudioEncoder
+from audiomae.vectors import clip_vectors
 
 MAX_PADDING = 0.05
 BUFFER_SAMPLES = 16 << 20  # 64 MB of float32: about 17 minutes at 16 kHz
@@ -57,7 +58,7 @@ def embed_shard(items: pa.Table, decode: Decode, encode: Encode, settings: Embed
         encode: embeds windows -> `float32[N, dim]`, rows L2-normalised.
     """
     began = time.perf_counter()
-    rows = _Rows(encode)
+    rows = _ShardRows(encode)
     failures: dict[int, Item] = {}
     for number, item in enumerate(items.to_pylist()):
         item["number"] = number
@@ -70,7 +71,7 @@ def embed_shard(items: pa.Table, decode: Decode, encode: Encode, settings: Embed
     return ShardResult(_tables(items, table, rows, failures), audio_s, decode_s, rows.encode_s)
 
 
-def _tables(items: pa.Table, table: pa.Table, rows: "_Rows", failures: dict[int, Item]) -> ShardTables:
+def _tables(items: pa.Table, table: pa.Table, rows: "_ShardRows", failures: dict[int, Item]) -> ShardTables:
     """The shard's tables; damage to an item that failed as a whole is no row of its own."""
     uris = items["uri"].to_pylist()
     failure_rows = list(failures.values())
@@ -89,7 +90,7 @@ def _tables(items: pa.Table, table: pa.Table, rows: "_Rows", failures: dict[int,
     )
 
 
-class _Rows:
+class _ShardRows:
     """The rows of a shard in the making: windows wait until there are enough of them to batch by length."""
 
     def __init__(self, encode: Encode) -> None:
@@ -165,7 +166,7 @@ class _Rows:
 
 
 def _build_table(
-    items: pa.Table, rows: _Rows, failures: dict[int, Item], settings: EmbedSettings
+    items: pa.Table, rows: _ShardRows, failures: dict[int, Item], settings: EmbedSettings
 ) -> tuple[pa.Table, float]:
     """The embedding table and the audio seconds behind it; items with a non-finite vector join `failures`."""
     uris = items["uri"].to_pylist()
@@ -187,8 +188,7 @@ def _build_table(
     window_s = settings.window_s
     if settings.mode == "file" and len(numbers):
         firsts = np.flatnonzero(np.diff(numbers, prepend=-1))  # rows of an item are adjacent
-        vectors = np.add.reduceat(vectors, firsts, axis=0)
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        vectors = clip_vectors(vectors, np.cumsum(np.diff(numbers, prepend=-1) > 0) - 1)
         numbers, window_s = numbers[firsts], 0.0
         spans = np.array([heard[int(number)] for number in numbers]).round(6)
         said = np.array([next(filter(None, notes), None) for notes in np.split(said, firsts[1:])], object)

@@ -14,6 +14,7 @@ from audiomae.artifacts.embeddings import RESERVED_COLUMNS, EmbeddingSet, column
 from audiomae.config import nearest
 from audiomae.errors import ColumnError
 from audiomae.evaluation.protocol import Level
+from audiomae.vectors import clip_vectors, normalised
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,10 @@ def per_clip(rows: LabelledRows) -> LabelledRows:
     _, first, clip = np.unique(rows.uris, return_index=True, return_inverse=True)
     rank = np.argsort(np.argsort(first))
     clip, first = rank[clip], np.sort(first)
-    sums = np.zeros((len(first), rows.vectors.shape[1]), np.float32)
-    np.add.at(sums, clip, rows.vectors)
     starts, ends = np.full(len(first), np.inf), np.full(len(first), -np.inf)
     np.minimum.at(starts, clip, rows.spans[:, 0])
     np.maximum.at(ends, clip, rows.spans[:, 1])
-    return replace(rows.take(first), vectors=normalised(sums), spans=np.stack([starts, ends], axis=1))
+    return replace(rows.take(first), vectors=clip_vectors(rows.vectors, clip), spans=np.stack([starts, ends], axis=1))
 
 
 def shared_rows(first: Sequence[Any], second: Sequence[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -115,11 +114,6 @@ def shared_rows(first: Sequence[Any], second: Sequence[Any]) -> tuple[npt.NDArra
     pairs = [(i, places[key]) for i, key in enumerate(first) if key in places]
     array = np.array(pairs, np.int64).reshape(-1, 2)
     return array[:, 0], array[:, 1]
-
-
-def normalised(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Rows scaled to unit length, zero rows left alone."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _text(column: pa.ChunkedArray) -> npt.NDArray[np.str_]:

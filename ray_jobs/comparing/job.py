@@ -17,11 +17,12 @@ from audiomae.embedding.listing import Listing
 from audiomae.embedding.poolings import Pooled, pool_files
 from audiomae.embedding.windowing import fitting_windows
 from audiomae.errors import UserError
-from audiomae.evaluation.rows import LabelledRows, normalised
+from audiomae.evaluation.rows import LabelledRows
 from audiomae.evaluation.runs import compare_runs, evaluate_rows
 from audiomae.model.encoder import AudioEncoder
 from audiomae.model.poolings import comparable
 from audiomae.storage import to_path, write_bytes, write_json
+from audiomae.vectors import normalised
 from ray_jobs._ray import connect
 from ray_jobs.configs import CompareConfig, Comparison
 

@@ -8,8 +8,9 @@ import pytest
 
 from audiomae.evaluation import plots
 from audiomae.evaluation.report import LISTENING_RATE, draw_plots, render_report, worst_queries
-from audiomae.evaluation.rows import LabelledRows, normalised, per_clip, shared_rows
+from audiomae.evaluation.rows import LabelledRows, per_clip, shared_rows
 from audiomae.evaluation.runs import ProtocolConfig, compare_runs, evaluate_rows
+from audiomae.vectors import normalised
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

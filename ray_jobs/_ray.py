@@ -3,8 +3,10 @@
 import importlib
 import logging
 import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from ray.data import DataContext
 
 ENCODER = "audiomae.model.encoder"  # what takes longest to load
+STDERR = 2
+FALSE_ALARM = b"has constructor arguments in the object store and max_restarts > 0"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,8 +31,6 @@ def connect(loading: Sequence[str] = ()) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # for every actor pool of Ray Data it prints an error in red (ray-project/ray#57733); what goes wrong is raised, too
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():
@@ -64,6 +66,35 @@ def _init() -> None:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+
+
+@contextmanager
+def without_false_alarm() -> Iterator[None]:
+    """While the block runs, keep one line of Ray's from stderr.
+
+    Ray prints an error in red for every actor pool of Ray Data whose actors may restart, that is for all of them, from
+    C++ and with no way to turn it off (ray-project/ray#57733). All else is passed on as it comes.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(STDERR)
+    reading, writing = os.pipe()
+    os.dup2(writing, STDERR)
+    os.close(writing)
+
+    def pass_on() -> None:
+        with os.fdopen(reading, "rb") as lines:
+            for line in lines:
+                if FALSE_ALARM not in line:
+                    os.write(stderr, line)
+
+    thread = threading.Thread(target=pass_on, name="stderr", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, STDERR)  # the pipe ends here, but where a child process has it, too
+        thread.join(timeout=1.0)
 
 
 def in_cluster() -> bool:

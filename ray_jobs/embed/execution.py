@@ -24,7 +24,7 @@ from audiomae.embedding.plan import ShardEntry
 from audiomae.embedding.stages import EncodeStage, FusedStage
 from audiomae.errors import DecodeError
 from ray_jobs._cluster import cpus_now, hint, notice_of_waiting
-from ray_jobs._ray import quiet_data_context
+from ray_jobs._ray import quiet_data_context, without_false_alarm
 from ray_jobs.embed.topology import DECODERS_ANNOUNCED, Topology
 
 PASSES = 4  # in a row that finish no shard
@@ -106,7 +106,11 @@ def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> It
         dataset = _fused(dataset, job, topology) if fused else _split(dataset, job, topology)
     decoders = min(len(pending), DECODERS_ANNOUNCED * topology.encoders) if topology.decode else 0
     try:
-        with notice_of_waiting(topology.encode, topology.encoders), hint(topology.decode or topology.encode, decoders):
+        with (
+            without_false_alarm(),
+            notice_of_waiting(topology.encode, topology.encoders),
+            hint(topology.decode or topology.encode, decoders),
+        ):
             yield from dataset.iter_rows()
     except (RayError, ExecutionTimeoutError) as error:
         print(f"the pipeline stopped: {type(error).__name__}: {str(error)[-2000:]}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What a newcomer is told when something is missing: one line that says what to do, and no traceback."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from audiomae.config import build_config
 from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from ray_jobs import build_index, embed_corpus, evaluate_retrieval, train
+from ray_jobs._ray import FALSE_ALARM, without_false_alarm
 
 Main = Callable[[], int | None]
 
@@ -137,3 +139,12 @@ def test_long_waits_are_said(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         while not (lines := capsys.readouterr().err.splitlines()):
             pass
     assert lines[0].startswith("starting Ray: ") and lines[0].endswith(" so far")
+
+
+def test_rays_false_alarm_is_kept_from_a_good_run_and_nothing_else(capfd) -> None:
+    alarm = "core_worker.cc:2465: Actor with class name: 'MapWorker' and ID: '3' "
+    with without_false_alarm():
+        os.write(2, b"one\n" + alarm.encode() + FALSE_ALARM + b". If the arguments ...\ntwo\n")
+        print("three", file=sys.__stderr__)
+    os.write(2, b"four\n")
+    assert capfd.readouterr().err.split() == ["one", "two", "three", "four"]

@@ -75,7 +75,9 @@ class Drill:
     def serve(self, *arguments: str) -> subprocess.Popen[bytes]:
         """`serve run --address` of this cluster."""
         program = str(Path(sys.executable).parent / "serve")
-        return self._start(program, "run", "--address", self.cluster.address, "serve.app:build", *arguments)
+        return self._start(
+            program, "run", "--name", "search", "--address", self.cluster.address, "serve.app:build", *arguments
+        )
 
     def _start(self, *command: str) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **own_disk(self.folder / "head"), "RAY_ADDRESS": self.cluster.address}

@@ -4,8 +4,9 @@
         for hit in client.search("rain.wav", k=5, filter={"label": "rain"}):
             print(hit.score, hit.uri)
 
-Refusals that pass by themselves (429, 503, 504), and connections that break, are tried again after the time that the
-service names, within a deadline; every other problem is a `ServiceError` with the service's stable `code`.
+Refusals that pass by themselves (429, 502, 503, 504), connections that break, and what a proxy says when a replica dies
+under a request, are tried again after the time that the service names, within a deadline; every other problem is a
+`ServiceError` with the service's stable `code`.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from audiomae.cli import run_job
 from audiomae.errors import AudioMAEError, UserError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-PASSING = (429, 503, 504)
+PASSING = (429, 502, 503, 504)
+NOT_OURS = "http_error"  # code of an answer that is not the service's own
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 
 
@@ -167,9 +169,10 @@ class AudioClient:
                 if reply.is_success:
                     content: dict[str, Any] = reply.json()
                     return content
-                error = _problem(reply)
-                if reply.status_code not in PASSING:
-                    raise error
+                error = problem = _problem(reply)
+                lost = problem.status == 500 and problem.code == NOT_OURS  # with the replica that worked on it
+                if problem.status not in PASSING and not lost:
+                    raise problem
                 pause_s = max(pause_s, _retry_after(reply))
             if time.monotonic() + pause_s > until:
                 raise error
@@ -245,7 +248,7 @@ def _problem(reply: httpx.Response) -> ServiceError:
         body = reply.json()
         return ServiceError(reply.status_code, str(body["code"]), str(body["detail"]))
     except (ValueError, KeyError, TypeError):
-        return ServiceError(reply.status_code, "http_error", reply.text[:200])
+        return ServiceError(reply.status_code, NOT_OURS, reply.text[:200])
 
 
 def _retry_after(reply: httpx.Response) -> float:

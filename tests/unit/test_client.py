@@ -62,6 +62,16 @@ def test_what_passes_is_tried_again_after_the_time_that_is_named(monkeypatch: py
     assert len(requests) == 3 and 2.4 <= pauses[0] <= 3.6
 
 
+def test_a_request_that_was_lost_with_its_replica_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = [problem(502, "replica_lost"), {"status_code": 500, "text": "Internal Server Error"}]
+    client, requests, _ = answering(monkeypatch, *lost, {"status_code": 200, "json": ANSWER})
+    assert client.similar(7)[0].uri == "a.wav" and len(requests) == 3
+    client, requests, _ = answering(monkeypatch, problem(500, "internal_error"))
+    with pytest.raises(ServiceError, match="500 internal_error"):
+        client.similar(7)
+    assert len(requests) == 1
+
+
 def test_what_does_not_pass_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     client, requests, _ = answering(monkeypatch, problem(415, "not_audio"))
     with pytest.raises(ServiceError, match=r"because \(415 not_audio\)") as caught:

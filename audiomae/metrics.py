@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,26 +52,27 @@ class QueryScores:
         return len(self.labels)
 
 
+class Labelled(NamedTuple):
+    """Rows with their labels.
+
+    ``vectors`` float[N, D], normalised where they are scored; ``labels`` [N] one class a row, of any hashable type;
+    ``ids`` [N] or None: rows of one id are the same recording and never find each other.
+    """
+
+    vectors: npt.ArrayLike
+    labels: npt.ArrayLike
+    ids: npt.ArrayLike | None = None
+
+
 def score_queries(
-    query_vectors: npt.ArrayLike,
-    query_labels: npt.ArrayLike,
-    gallery_vectors: npt.ArrayLike,
-    gallery_labels: npt.ArrayLike,
-    *,
-    query_ids: npt.ArrayLike | None = None,
-    gallery_ids: npt.ArrayLike | None = None,
-    ks: Sequence[int] = DEFAULT_KS,
-    knn_k: int = 10,
+    queried: Labelled, searched: Labelled, *, ks: Sequence[int] = DEFAULT_KS, knn_k: int = 10
 ) -> QueryScores:
     """Score every query against the gallery.
 
     Args:
-        query_vectors: float[Q, D]; normalised here.
-        query_labels: [Q] one class per row, any hashable type.
-        gallery_vectors: float[G, D].
-        gallery_labels: [G].
-        query_ids, gallery_ids: [Q], [G] or both None. A gallery row with the query's id is the query itself (or
-            another window of the same recording) and is no candidate for it.
+        queried: the Q queries.
+        searched: the G gallery rows. One with the query's id is the query itself (or another window of the same
+            recording) and is no candidate for it.
         ks: the cut-offs of R@k, P@k and nDCG@k.
         knn_k: how many neighbours vote.
 
@@ -81,12 +82,12 @@ def score_queries(
     Raises:
         ValueError: shapes that do not fit, an empty side, or non-finite vectors.
     """
-    queries, labels = _checked("query", query_vectors, query_labels)
-    gallery, gallery_classes = _checked("gallery", gallery_vectors, gallery_labels)
+    queries, labels = _checked("query", queried)
+    gallery, gallery_classes = _checked("gallery", searched)
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(f"query vectors have {queries.shape[1]} dimensions, gallery vectors {gallery.shape[1]}")
-    if (query_ids is None) != (gallery_ids is None):
-        raise ValueError("query_ids and gallery_ids go together: give both or neither")
+    if (queried.ids is None) != (searched.ids is None):
+        raise ValueError("ids of queries and of the gallery go together: give both or neither")
     if not ks or min(ks) < 1 or knn_k < 1:
         raise ValueError(f"ks and knn_k must be positive, got ks={tuple(ks)}, knn_k={knn_k}")
 
@@ -94,7 +95,7 @@ def score_queries(
     query_codes, gallery_codes = codes[: len(labels)], codes[len(labels) :]
     shuffle = np.random.default_rng(0).permutation(len(gallery))
     gallery, gallery_codes = gallery[shuffle], gallery_codes[shuffle]
-    own_query, own_gallery = _same_id_codes(query_ids, gallery_ids, shuffle)
+    own_query, own_gallery = _same_id_codes(queried.ids, searched.ids, shuffle)
 
     blocks = []
     for rows in _blocks(len(queries), len(gallery)):
@@ -115,41 +116,9 @@ def score_queries(
     )
 
 
-def retrieval_metrics(
-    query_vectors: npt.ArrayLike,
-    query_labels: npt.ArrayLike,
-    gallery_vectors: npt.ArrayLike,
-    gallery_labels: npt.ArrayLike,
-    *,
-    query_ids: npt.ArrayLike | None = None,
-    gallery_ids: npt.ArrayLike | None = None,
-    ks: Sequence[int] = DEFAULT_KS,
-    knn_k: int = 10,
-) -> dict[str, Any]:
-    """Mean metrics of queries against a gallery, as :func:`score_queries` measures them.
-
-    Returns ``{"mAP", "R@k"..., "P@k"..., "nDCG@k"..., "kNN", "num_queries", "num_gallery", "queries_without_match",
-    "per_class": {label: {the same metrics, "num_queries"}}}``. Queries without any relevant candidate are counted in
-    ``queries_without_match`` and left out of the means.
-    """
-    scores = score_queries(
-        query_vectors,
-        query_labels,
-        gallery_vectors,
-        gallery_labels,
-        query_ids=query_ids,
-        gallery_ids=gallery_ids,
-        ks=ks,
-        knn_k=knn_k,
-    )
-    return summarise(scores)
-
-
 def score_protocol(
-    vectors: npt.ArrayLike,
-    labels: npt.ArrayLike,
+    rows: Labelled,
     *,
-    ids: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
     query_groups: Sequence[Any] | None = None,
     query_rows: npt.ArrayLike | None = None,
@@ -159,16 +128,15 @@ def score_protocol(
     """Score one labelled set against itself: cross-group when ``groups`` is given, leave-one-out otherwise.
 
     Args:
-        vectors, labels: float[N, D], [N].
-        ids: [N]; rows with the same id never find each other. Default: each row is its own recording.
+        rows: the N rows; without ids each is a recording of its own.
         groups: [N] (folds); queries of a group search all the other groups.
         query_groups: only these groups ask; default all of them.
         query_rows: int[M]; only these rows ask (a sample of a large set).
 
-    Returns scores whose ``query_rows`` and ``top`` are row numbers of ``vectors``.
+    Returns scores whose ``query_rows`` and ``top`` are row numbers of ``rows``.
     """
-    data, classes = _checked("vectors", vectors, labels)
-    own = np.arange(len(data)) if ids is None else np.asarray(ids)
+    data, classes = _checked("vectors", rows)
+    own = np.arange(len(data)) if rows.ids is None else np.asarray(rows.ids)
     asking = np.zeros(len(data), bool)
     asking[np.arange(len(data)) if query_rows is None else np.asarray(query_rows, np.int64)] = True
     everything = np.arange(len(data))
@@ -178,22 +146,19 @@ def score_protocol(
         splits = _group_splits(np.asarray(groups), asking, query_groups)
     parts = []
     for queries, gallery in splits:
-        found = score_queries(
-            data[queries],
-            classes[queries],
-            data[gallery],
-            classes[gallery],
-            query_ids=own[queries],
-            gallery_ids=own[gallery],
-            ks=ks,
-            knn_k=knn_k,
-        )
+        sides = (Labelled(data[side], classes[side], own[side]) for side in (queries, gallery))
+        found = score_queries(*sides, ks=ks, knn_k=knn_k)
         parts.append((queries, gallery, found))
     return _join(parts)
 
 
 def summarise(scores: QueryScores) -> dict[str, Any]:
-    """The means of ``scores``, overall and per class (layout: see :func:`retrieval_metrics`)."""
+    """The means of ``scores``, overall and per class.
+
+    Returns ``{"mAP", "R@k"..., "P@k"..., "nDCG@k"..., "kNN", "num_queries", "num_gallery", "queries_without_match",
+    "per_class": {label: {the same metrics, "num_queries"}}}``. Queries without any relevant candidate are counted in
+    ``queries_without_match`` and left out of the means.
+    """
     matched = ~np.isnan(scores.values["AP"])
     summary: dict[str, Any] = {
         **mean_values(scores.values),
@@ -277,9 +242,9 @@ def _vote(codes: npt.NDArray[np.int64], scores: FloatArray, num_classes: int) ->
     return votes.argmax(axis=1)
 
 
-def _checked(name: str, vectors: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[FloatArray, npt.NDArray[Any]]:
+def _checked(name: str, rows: Labelled) -> tuple[FloatArray, npt.NDArray[Any]]:
     """L2-normalised float32[N, D] and labels [N]; ValueError saying what is wrong with them."""
-    data, classes = np.asarray(vectors, np.float32), np.asarray(labels)
+    data, classes = np.asarray(rows.vectors, np.float32), np.asarray(rows.labels)
     if data.ndim != 2 or len(data) == 0:
         raise ValueError(f"{name}: expected vectors [rows, dim] with at least one row, got shape {data.shape}")
     if classes.shape != (len(data),):

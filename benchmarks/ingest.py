@@ -134,7 +134,7 @@ def train(arguments: argparse.Namespace, limit: int) -> dict[str, Any]:
     from audiomae.artifacts.features import read_clips
     from audiomae.artifacts.shard_cache import GIB
     from audiomae.config import load_config
-    from audiomae.training.items import build_items
+    from audiomae.training.clips import build_items
     from audiomae.training.loop import TrainLoop
     from audiomae.training.recipe import Recipe
     from ray_jobs.configs import RECIPES

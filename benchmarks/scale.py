@@ -118,7 +118,7 @@ def resume(listing: str, out: str) -> dict[str, Any]:
 def training(clips: str, _: str) -> dict[str, Any]:
     """What train.py's driver and one of its workers do with the corpus, features apart."""
     from audiomae.artifacts.features import cache_key
-    from audiomae.training.items import build_items, numbered
+    from audiomae.training.clips import build_items, numbered
     from audiomae.training.recipe import DataConfig
     from audiomae.training.sampling import Sampler
     from audiomae.training.split import cautions

@@ -41,8 +41,8 @@ from audiomae.model.devices import pick_precision
 from audiomae.model.encoder import AudioEncoder
 from audiomae.model.masking import random_masking
 from audiomae.training.augment import augment
+from audiomae.training.clips import build_items
 from audiomae.training.data import Batch
-from audiomae.training.items import build_items
 from audiomae.training.loop import Meter, TrainLoop, build_encoder, training_window
 from audiomae.training.losses import info_nce
 from audiomae.training.recipe import Recipe

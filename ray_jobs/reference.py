@@ -53,7 +53,7 @@ API: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("audiomae.artifacts.releases", ("Release", "history", "rollback", "gc")),
     ("audiomae.corpus.manifest", ("list_corpus", "open_source")),
     ("audiomae.corpus.decode", ("decode", "probe")),
-    ("audiomae.metrics", ("retrieval_metrics",)),
+    ("audiomae.metrics", ("Labelled", "score_queries", "score_protocol", "summarise")),
     ("audiomae.errors", ("AudioMAEError", "UserError", "ConfigError", "IntegrityError", "DecodeError")),
 )
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from audiomae.evaluation.compare import bootstrap_mean, holm, paired_test
 from audiomae.evaluation.protocol import ProtocolConfig
 from audiomae.evaluation.rows import LabelledRows, shared_rows
-from audiomae.metrics import QueryScores, mean_values, score_protocol, summarise
+from audiomae.metrics import Labelled, QueryScores, mean_values, score_protocol, summarise
 
 TESTED = ("AP", "R@1")
 
@@ -33,7 +33,7 @@ class RunResult:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Means overall and per class, see :func:`audiomae.metrics.retrieval_metrics`."""
+        """Means overall and per class, see :func:`audiomae.metrics.summarise`."""
         return summarise(self.scores)
 
     @cached_property
@@ -83,9 +83,7 @@ def evaluate_rows(rows: LabelledRows, protocol: ProtocolConfig) -> RunResult:
     """
     ks = tuple(sorted({1, *protocol.ks}))
     scores = score_protocol(
-        rows.vectors,
-        rows.labels,
-        ids=rows.uris,
+        Labelled(rows.vectors, rows.labels, rows.uris),
         groups=None if protocol.group is None else rows.groups,
         query_groups=protocol.query_groups,
         query_rows=_sampled(rows, protocol),

@@ -31,9 +31,9 @@ from audiomae.model.encoder import AudioEncoder
 from audiomae.storage import list_sizes
 from audiomae.training import schedule
 from audiomae.training.augment import augment
+from audiomae.training.clips import numbered
 from audiomae.training.data import Batch, Loader
 from audiomae.training.distributed import rank, world_size
-from audiomae.training.items import numbered
 from audiomae.training.objectives import ClipTargets, Objective, Replay
 from audiomae.training.recipe import HIDDEN_TARGETS, Recipe
 from audiomae.training.sampling import Sampler

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from audiomae.training.items import UNLABELLED
+from audiomae.training.clips import UNLABELLED
 
 MAX_LOGIT_SCALE = 100.0
 

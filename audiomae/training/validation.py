@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audiomae.artifacts.features import FeatureStore
-from audiomae.metrics import retrieval_metrics
+from audiomae.metrics import Labelled, score_queries, summarise
 from audiomae.model.encoder import AudioEncoder
 from audiomae.training.augment import AugmentConfig, augment
+from audiomae.training.clips import UNLABELLED
 from audiomae.training.diagnostics import collapse_gauges
 from audiomae.training.distributed import gather, rank, world_size
-from audiomae.training.items import UNLABELLED
 from audiomae.training.recipe import ValidationConfig
 
 BATCH = 32
@@ -82,7 +82,8 @@ class Validator:
         else:
             queries, gallery = (self._embed(encoder, self.queries, half) for half in (0, 1))
             query_labels = gallery_labels = self.queries
-        scores = retrieval_metrics(queries.numpy(), query_labels, gallery.numpy(), gallery_labels, ks=(1,))
+        sides = (Labelled(queries.numpy(), query_labels), Labelled(gallery.numpy(), gallery_labels))
+        scores = summarise(score_queries(*sides, ks=(1,)))
         return {"val_mAP": float(scores["mAP"]), "val_R@1": float(scores["R@1"])}
 
     def _embed(self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], half: int | None = None) -> Tensor:

@@ -17,10 +17,10 @@ from audiomae.corpus.decode import decode
 from audiomae.corpus.manifest import open_source
 from audiomae.errors import DecodeError, IntegrityError
 from audiomae.evaluation.baselines import SAMPLE_RATE, centred, logmel_statistics, mfcc_statistics
-from audiomae.metrics import mean_values, score_protocol
+from audiomae.metrics import Labelled, mean_values, score_protocol
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.storage import copy_tree, list_sizes, to_path
-from audiomae.training.items import build_items
+from audiomae.training.clips import build_items
 from audiomae.training.loop import ENCODER_DIR, TrainLoop
 from audiomae.training.recipe import CheckpointingConfig, Recipe
 
@@ -217,7 +217,7 @@ def _scored(vectors: np.ndarray, listing: pa.Table, label: str, fold_column: str
     """Means over the fold's queries against the other folds, and AP and R@1 of each query by uri."""
     uris = np.array(listing["uri"].to_pylist())
     labels, folds = (np.array([str(value) for value in listing[name].to_pylist()]) for name in (label, fold_column))
-    scores = score_protocol(vectors, labels, ids=uris, groups=folds, query_groups=[fold])
+    scores = score_protocol(Labelled(vectors, labels, uris), groups=folds, query_groups=[fold])
     queries = {
         str(uris[row]): {"AP": float(ap), "R@1": float(hit)}
         for row, ap, hit in zip(scores.query_rows, scores.values["AP"], scores.values["R@1"], strict=True)

@@ -1,7 +1,7 @@
 """The work of `ray_jobs/compare.py`: vectors as Ray tasks, then one protocol for every pooling of every encoder."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,6 @@ import pyarrow as pa
 import torch
 
 from audiomae.artifacts.tables import EmbedSettings
-from audiomae.cli import Progress
 from audiomae.config import nearest
 from audiomae.corpus.manifest import list_corpus
 from audiomae.corpus.survey import sampled_durations
@@ -23,7 +22,7 @@ from audiomae.model.encoder import AudioEncoder
 from audiomae.model.poolings import comparable
 from audiomae.storage import to_path, write_bytes, write_json
 from audiomae.vectors import normalised
-from ray_jobs._ray import connect
+from ray_jobs._tasks import answers_of
 from ray_jobs.configs import CompareConfig, Comparison
 
 FILES_PER_TASK = 32
@@ -53,7 +52,8 @@ def run(config: CompareConfig) -> Comparison:
             silence="skip",
             last_window="whole",
         )
-        found = _in_tasks(uri, names[uri], corpus.root, listing, settings)
+        work = partial(_pool, encoder=uri, names=names[uri], root=corpus.root, settings=settings)
+        found = answers_of("encoding", "files", work, listing.to_pylist(), FILES_PER_TASK)
         label = f"{_short(uri, config.encoder)} " if len(encoders) > 1 else ""
         rows += _rows(label, names[uri], config, corpus.root, listing, found)
     runs = [evaluate_rows(each, config) for each in rows]
@@ -76,27 +76,8 @@ def _labelled(config: CompareConfig, listing: pa.Table) -> pa.Table:
     return listing
 
 
-def _in_tasks(
-    encoder: str, names: Sequence[Any], root: str, listing: pa.Table, settings: EmbedSettings
-) -> list[Pooled | str]:
-    import ray
-
-    connect()
-    task = ray.remote(num_cpus=1, max_retries=2)(_pool)
-    items = listing.to_pylist()
-    chunks = [items[start : start + FILES_PER_TASK] for start in range(0, len(items), FILES_PER_TASK)]
-    pending = [task.remote(encoder, names, root, chunk, settings) for chunk in chunks]
-    found: list[Pooled | str] = []
-    with Progress("encoding", len(items), "files") as progress:
-        for reference in pending:
-            part = ray.get(reference)
-            found += part
-            progress.update(len(part))
-    return found
-
-
 def _pool(
-    encoder: str, names: Sequence[Any], root: str, items: list[dict[str, Any]], settings: EmbedSettings
+    items: Sequence[dict[str, Any]], encoder: str, names: Sequence[Any], root: str, settings: EmbedSettings
 ) -> list[Pooled | str]:
     torch.set_num_threads(1)
     return pool_files(_loaded(encoder), names, root, items, settings)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -9,14 +10,13 @@ import numpy as np
 
 from audiomae.artifacts import receipts
 from audiomae.artifacts.embeddings import EmbeddingSet
-from audiomae.cli import Progress
 from audiomae.errors import ColumnError, ConfigError, IntegrityError, UserError
 from audiomae.evaluation.baselines import BASELINES, RANDOM, centred, corpus_vectors
 from audiomae.evaluation.cautions import cautions, hubness, trained_files
 from audiomae.evaluation.rows import LabelledRows, read_rows
 from audiomae.evaluation.runs import RunResult, compare_runs, evaluate_rows
 from audiomae.storage import read_json, sha256_bytes, to_path, write_bytes, write_json
-from ray_jobs._ray import connect
+from ray_jobs._tasks import answers_of
 from ray_jobs.configs import EvaluateConfig, EvaluateOptions, Evaluation
 
 ROWS_PER_TASK = 64
@@ -135,7 +135,9 @@ def _baseline_rows(
     if RANDOM in names:
         encoder_config = _encoder_config(embeddings.encoder, notes)
         names = names if encoder_config is not None else [name for name in names if name != RANDOM]
-    found = _in_tasks(rows, names, encoder_config, config.seed)
+    work = partial(corpus_vectors, rows.corpus_root, names=names, encoder_config=encoder_config, seed=config.seed)
+    spans = list(zip(rows.uris.tolist(), *rows.spans.T.tolist(), strict=True))
+    found = answers_of("baselines", "rows", work, spans, ROWS_PER_TASK)
     readable = np.array([vectors is not None for vectors in found])
     if not readable.any():
         return [], [*notes, f"baselines were left out: no file of {rows.corpus_root} could be read"]
@@ -159,26 +161,6 @@ def _encoder_config(encoder: str, notes: list[str]) -> dict[str, Any] | None:
     except (FileNotFoundError, ConfigError) as error:
         notes.append(f"{RANDOM} was left out: {error}")
         return None
-
-
-def _in_tasks(
-    rows: LabelledRows, names: list[str], encoder_config: dict[str, Any] | None, seed: int
-) -> list[dict[str, np.ndarray] | None]:
-    """Baseline vectors of every row by name, None where the audio could not be read."""
-    import ray
-
-    connect()
-    task = ray.remote(num_cpus=1, max_retries=3)(corpus_vectors)
-    spans = list(zip(rows.uris.tolist(), *rows.spans.T.tolist(), strict=True))
-    chunks = [spans[i : i + ROWS_PER_TASK] for i in range(0, len(spans), ROWS_PER_TASK)]
-    pending = [task.remote(rows.corpus_root, chunk, names, encoder_config, seed) for chunk in chunks]
-    found: list[dict[str, np.ndarray] | None] = []
-    with Progress("baselines", len(rows), "rows") as progress:
-        for reference in pending:
-            part = ray.get(reference)
-            found += part
-            progress.update(len(part))
-    return found
 
 
 def _write(

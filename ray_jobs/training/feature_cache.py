@@ -13,7 +13,7 @@ from audiomae.corpus.manifest import list_corpus
 from audiomae.errors import UserError
 from audiomae.model.encoder_config import FeatureConfig
 from audiomae.storage import is_local, to_path, write_json
-from audiomae.training.items import matches
+from audiomae.training.clips import matches
 from audiomae.training.recipe import DataConfig
 from ray_jobs._cluster import Request, hint, notice_of_waiting
 from ray_jobs._ray import quiet_data_context

@@ -10,7 +10,7 @@ from audiomae.corpus.survey import sampled_headers
 from audiomae.errors import ConfigError
 from audiomae.storage import read_json, write_json
 from audiomae.training.auto import Machine, choose, facts_of
-from audiomae.training.items import matches
+from audiomae.training.clips import matches
 from audiomae.training.recipe import Recipe
 from ray_jobs._cluster import node_types, nodes, offers_gpus
 from ray_jobs._ray import ENCODER, connect

@@ -35,8 +35,8 @@ from audiomae.storage import (
     write_bytes,
     write_json,
 )
+from audiomae.training.clips import CORPUS_ROOT, build_items
 from audiomae.training.data import cache_caution
-from audiomae.training.items import CORPUS_ROOT, build_items
 from audiomae.training.recipe import Recipe
 from audiomae.training.split import cautions, repeated
 from ray_jobs._cluster import notice_of_waiting

@@ -12,7 +12,7 @@ from audiomae import AudioEncoder
 from audiomae.artifacts.embeddings import ShardOrigin, ShardTables, commit_shard, write_run
 from audiomae.artifacts.tables import EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.errors import ConfigError, UserError
-from audiomae.metrics import score_protocol, summarise
+from audiomae.metrics import Labelled, score_protocol, summarise
 from audiomae.model.encoder import EncoderConfig
 from audiomae.storage import write_json
 from ray_jobs.evaluate_retrieval import main
@@ -80,7 +80,9 @@ def test_everything_in_one_call(embedded, corpus, tmp_path, ray_cluster, capsys)
 
     result = json.loads((tmp_path / "eval/metrics.json").read_text())
     clips = vectors.reshape(24, 2, 6).mean(axis=1)
-    expected = summarise(score_protocol(clips, [r["label"] for r in rows[::2]], groups=[r["fold"] for r in rows[::2]]))
+    expected = summarise(
+        score_protocol(Labelled(clips, [r["label"] for r in rows[::2]]), groups=[r["fold"] for r in rows[::2]])
+    )
     for name in ("mAP", "R@1", "R@5", "P@10", "nDCG@10", "kNN"):
         assert result[name] == pytest.approx(expected[name], abs=1e-6), name
     assert set(result["per_group"]) == {"0", "1", "2", "3"} and set(result["per_class"]) == set(CLASSES)
@@ -111,7 +113,7 @@ def test_without_group_each_row_asks_all_the_others_and_lost_audio_is_no_failure
     assert main([*argv, "--set", "map=PCA"]) == 0
     result = json.loads((tmp_path / "out/metrics.json").read_text())
     labels = [label for label in CLASSES for _ in range(8)]
-    assert result["mAP"] == pytest.approx(summarise(score_protocol(moved, labels))["mAP"], abs=1e-6)
+    assert result["mAP"] == pytest.approx(summarise(score_protocol(Labelled(moved, labels)))["mAP"], abs=1e-6)
     assert result["num_gallery"] == 24 and result["per_group"] == {}
     assert "<audio" not in (tmp_path / "out/report.html").read_text()
 

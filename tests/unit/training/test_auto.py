@@ -13,8 +13,8 @@ from audiomae.artifacts.features import read_clips, write_shard
 from audiomae.config import build_config, load_config, merged
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.training.auto import CorpusFacts, Machine, choose
+from audiomae.training.clips import build_items
 from audiomae.training.extract import Extractor
-from audiomae.training.items import build_items
 from audiomae.training.loop import TrainLoop
 from audiomae.training.recipe import Recipe
 from ray_jobs.configs import RECIPES

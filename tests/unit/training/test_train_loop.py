@@ -15,7 +15,7 @@ from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.config import build_config
 from audiomae.errors import ConfigError
 from audiomae.model.encoder import AudioEncoder
-from audiomae.training.items import build_items
+from audiomae.training.clips import build_items
 from audiomae.training.loop import TrainLoop, build_encoder, encoder_layers
 from audiomae.training.recipe import Recipe
 

@@ -25,7 +25,7 @@ from ray_jobs import embed_corpus, train
 from serve.proxy import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-CLIPS, EPOCHS, EVERY = 28, 9, 1
+CLIPS, EPOCHS, EVERY = 24, 6, 1
 TRAINING = {
     "epochs": EPOCHS,
     "batch_size": 8,

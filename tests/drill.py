@@ -57,7 +57,7 @@ class Drill:
         self.note(stage, "a new node joined")
 
     def nodes_with(self, title: str) -> list[Any]:
-        """The worker nodes that run a Ray process of this title."""
+        """The worker node of each Ray process of this title."""
         found = []
         for node in self.nodes:
             (raylet,) = node.all_processes["raylet"]
@@ -65,7 +65,6 @@ class Drill:
                 for process in psutil.Process(raylet.process.pid).children(recursive=True):
                     if title in " ".join(process.cmdline()):
                         found.append(node)
-                        break
         return found
 
     def launch(self, script: str, *flags: str) -> subprocess.Popen[bytes]:

@@ -69,12 +69,17 @@ class Hit:
 
 @dataclass(frozen=True)
 class Result(Sequence[Hit]):
-    """Hits of one query, best first; `missing` names parts of the index that did not answer."""
+    """Hits of one query, best first; `missing` names shards of the index that did not answer."""
 
     release: str
     hits: tuple[Hit, ...]
     timing_ms: Mapping[str, float] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+
+    @property
+    def partial(self) -> bool:
+        """Whether hits may lack because a shard did not answer."""
+        return bool(self.missing)
 
     def __getitem__(self, place: Any) -> Any:
         return self.hits[place]

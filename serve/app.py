@@ -1,7 +1,8 @@
 """The Serve application: `serve run serve.app:build index=INDEX [port=8001]`.
 
 Two deployments: `Api` (HTTP, the index mapped, short queries decoded and encoded where they arrive) and `Encoder` (long
-uploads at a low priority, or everything on a GPU). They scale apart from each other; `serve/config.yaml` shows how.
+uploads at a low priority, or everything on a GPU). They scale apart from each other; `serve/config.yaml` shows how. An
+index that is too large for one process is divided over further ones: `Shard0`, `Shard1`, ...
 """
 
 from typing import Any, cast
@@ -40,7 +41,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     except (UserError, IntegrityError) as error:
         raise click.ClickException(str(error)) from None
     front.start(config)
-    return compose(config, release.version)
+    return compose(config, release)
 
 
 def check_encoder(release: releases.Release) -> None:
@@ -53,7 +54,7 @@ def check_encoder(release: releases.Release) -> None:
         raise mismatch(release, str(recorded))
 
 
-def compose(args: ServeArgs, version: str) -> serve.Application:
+def compose(args: ServeArgs, release: releases.Release) -> serve.Application:
     """The deployments with their limits.
 
     Ray's own queues are wide open: requests wait, and are refused, in `serve.admission`, where costs are known and the
@@ -62,7 +63,7 @@ def compose(args: ServeArgs, version: str) -> serve.Application:
     """
     from serve.encoder import Encoder
 
-    gpus = front.encoder_gpus(args)
+    version, gpus = release.version, front.encoder_gpus(args)
     encoder = (
         deployment(Encoder)
         .options(
@@ -75,6 +76,8 @@ def compose(args: ServeArgs, version: str) -> serve.Application:
     shared = SharedVersion(args.index, args.version, version)
     if not front.is_running("Api"):
         shared.forget()
+    count = args.index_shards or front.shards_needed(release)
+    shards = [shard(args, number, count, shared) for number in range(count)] if count > 1 else []
     return (
         deployment(Api)
         .options(
@@ -83,7 +86,22 @@ def compose(args: ServeArgs, version: str) -> serve.Application:
             ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": front.REPLICA_ENVIRONMENT}},
             logging_config={"enable_access_log": False},
         )
-        .bind(args, encoder, shared, not gpus)
+        .bind(args, encoder, shared, not gpus, shards)
+    )
+
+
+def shard(args: ServeArgs, number: int, count: int, shared: SharedVersion) -> serve.Application:
+    """Deployment `Shard<number>` of so many: by its name whoever asks for a part of the index gets that part."""
+    from serve.shard import Shard
+
+    return (
+        deployment(Shard)
+        .options(
+            name=f"Shard{number}",
+            max_ongoing_requests=API_REQUESTS,
+            ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": front.REPLICA_ENVIRONMENT}},
+        )
+        .bind(args, number, count, shared)
     )
 
 

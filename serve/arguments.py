@@ -24,6 +24,13 @@ class ServeArgs(StrictConfig):
     encoder_threads: int = Field(default=0, ge=0, description="torch threads of one encoder; 0 = all cores")
     api_replicas: int = Field(default=1, ge=1)
     encoder_replicas: int = Field(default=1, ge=1, description="of the encoder for long uploads, or for a GPU")
+    index_shards: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="processes that the vectors are divided over, each a deployment Shard0, Shard1, ...; 1: they are "
+        "mapped where queries arrive; 0: 1 where they take half of a node's memory at most, else as many as that takes",
+    )
     max_batch_size: int = Field(default=16, ge=1, description="windows encoded together at most")
 
     max_upload_mib: float = Field(default=32.0, gt=0, description="larger request bodies are refused (413)")

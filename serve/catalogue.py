@@ -44,9 +44,9 @@ class Catalogue:
         self.sounds, self.hours = _extent(files[self._live], self._column("end_s")[self._live])
         self.one_window_a_file = self.sounds == self.rows
         self.calibration: Calibration | None = None
-        if self.rows <= CALIBRATED_AT_ONCE:
+        if self.rows <= CALIBRATED_AT_ONCE and not index.is_divided:
             self._calibrate()
-        else:  # minutes of searching in a large release: until then hits have no probability
+        else:  # minutes of searching in a large release, or shards that may not be there yet: no probability until then
             threading.Thread(target=self._calibrate, name="calibrate", daemon=True).start()
         self.facets = functools.lru_cache(maxsize=32)(self._facets)
         self.map = functools.lru_cache(maxsize=4)(self._map)

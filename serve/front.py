@@ -1,5 +1,6 @@
 """What stands before the API replicas: Ray, connected to or started, and its HTTP proxy with its settings."""
 
+import math
 import os
 import socket
 from typing import Any
@@ -8,10 +9,13 @@ import click
 import ray
 from ray import serve
 
-from ray_jobs._cluster import offers_gpus
+from audiomae.artifacts.releases import Release
+from audiomae.search.indexed import segment_rows
+from ray_jobs._cluster import node_types, nodes, offers_gpus
 from serve import proxy
 from serve.arguments import ServeArgs
 
+MEMORY_SHARE = 0.5  # of a node's memory, for an index in one process
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 NICENESS = {"RAY_worker_niceness": "0"}  # Ray's default is 15: right for batch jobs, wrong for what people wait for
 # In an API replica user code runs on the server's own event loop: no hop between two threads for each message.
@@ -68,6 +72,22 @@ def encoder_gpus(args: ServeArgs) -> float:
     if args.device != "auto":
         return 1.0 if args.device.startswith("cuda") else 0.0
     return 1.0 if ray.is_initialized() and offers_gpus() else 0.0
+
+
+def shards_needed(release: Release) -> int:
+    """How many processes the vectors of a release are divided over, unless the arguments say.
+
+    One where vectors and codes take at most half of the memory that Ray counts on its smallest node: they are mapped,
+    so what is searched stays in memory. Else as many as bring each part below that, but no more than there are nodes,
+    as parts on one node share its memory; a cluster that the autoscaler grows may have any number of nodes.
+    """
+    info = release.info
+    a_row = 2 * int(info["dim"]) + int(info["spec"].get("bytes_in_memory", 0))
+    memory = [node["memory"] for node in nodes() if node.get("memory")] if ray.is_initialized() else []
+    if not memory:
+        return 1
+    parts = math.ceil(sum(segment_rows(release)) * a_row / (MEMORY_SHARE * min(memory)))
+    return max(1, parts if node_types() else min(parts, len(memory)))
 
 
 def is_running(deployment: str) -> bool:

@@ -67,6 +67,12 @@ class ApiMetrics:
             ("replica", "lane", "state"),
             registry=self.registry,
         )
+        self._shards = Gauge(
+            "audiomae_shards",
+            "Shards of the index that answer, and that do not.",
+            ("replica", "state"),
+            registry=self.registry,
+        )
         self._release = Gauge(
             "audiomae_release_rows",
             "Rows of the release being served.",
@@ -100,6 +106,11 @@ class ApiMetrics:
         """Record what the recall shadow has counted."""
         for name in ("queries", "wanted", "found"):
             self._shadow.labels(self._replica, name).set(getattr(shadow, name))
+
+    def shards(self, count: int, missing: int) -> None:
+        """Record how many shards there are, and how many of them are missing."""
+        self._shards.labels(self._replica, "answering").set(count - missing)
+        self._shards.labels(self._replica, "missing").set(missing)
 
     def text(self) -> str:
         """This replica's metrics in the Prometheus text format."""

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,6 +17,7 @@ from serve.arguments import ServeArgs
 from serve.metrics import ApiMetrics
 from serve.routes import Backstage, create_app
 from serve.service import RELOAD_S, SearchService, Serving, refusal
+from serve.shards import IndexShards
 from serve.versions import SharedVersion
 
 SWITCH_S = 0.001  # a thread that computes gives the event loop its turn five times sooner than Python's default
@@ -23,15 +25,23 @@ SWITCH_S = 0.001  # a thread that computes gives the event loop its turn five ti
 
 @serve.ingress()
 class Api(Backstage):
-    """HTTP in, HTTP out: maps the index, and holds the encoder where queries are encoded on CPUs."""
+    """HTTP in, HTTP out: maps the index or asks its shards, and holds the encoder where CPUs encode the queries."""
 
-    def __init__(self, args: ServeArgs, encoder: DeploymentHandle, shared: SharedVersion, local: bool) -> None:
+    def __init__(
+        self,
+        args: ServeArgs,
+        encoder: DeploymentHandle,
+        shared: SharedVersion,
+        local: bool,
+        shards: Sequence[DeploymentHandle] = (),
+    ) -> None:
         sys.setswitchinterval(SWITCH_S)
         context = serve.get_replica_context()
         self._metrics = ApiMetrics(context.replica_tag)
         self._name, self._app_name = context.deployment, context.app_name
         self._args = args
-        self._service = SearchService(args, encoder, shared, local)
+        many = IndexShards(shards, args.request_timeout_s / 2) if shards else None
+        self._service = SearchService(args, encoder, shared, local, many)
         self._service.open(shared.get())
         threading.Thread(target=media.warm_up, daemon=True).start()
 
@@ -44,6 +54,8 @@ class Api(Backstage):
         self._metrics.serving(catalogue.version, catalogue.fingerprint, catalogue.rows)
         self._metrics.lanes(self._service.lanes.values())
         self._metrics.recall(self._service.shadow)
+        if self._service.shards is not None:
+            self._metrics.shards(len(self._service.shards.clients), len(self._service.shards.missing))
         return self._metrics.text()
 
     async def load(self, version: str) -> str:

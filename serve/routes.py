@@ -45,6 +45,7 @@ from serve.schema import (
     check_region,
 )
 from serve.service import Mixed, SearchService, Serving, Sound
+from serve.shards import IndexShards
 from serve.uploads import Form, Limits, parse_form, read_body
 
 STATIC = Path(__file__).parent / "static"
@@ -340,7 +341,7 @@ def _operation_routes(app: FastAPI, service: SearchService, backstage: Backstage
     @app.get("/release", tags=["operation"], response_model=ReleaseInfo, responses=responses(431, 503))
     async def release() -> Response:
         """What is being served."""
-        return answers.json_response(release_info(await service.serving()))
+        return answers.json_response(release_info(await service.serving(), service.shards))
 
     @app.get(
         "/metrics",
@@ -368,7 +369,7 @@ def _operation_routes(app: FastAPI, service: SearchService, backstage: Backstage
         access.require_admin(request.headers.get("authorization"))
         body = await read_object(request, service, empty={})
         serving = await backstage.reload(ReloadRequest.model_validate(body).version)
-        return answers.json_response(release_info(serving))
+        return answers.json_response(release_info(serving, service.shards))
 
 
 async def read_object(request: Request, service: SearchService, empty: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -441,7 +442,7 @@ def region_from(start_s: float | None, end_s: float | None) -> Region:
     return Region(start_s, end_s)
 
 
-def release_info(serving: Serving) -> dict[str, Any]:
+def release_info(serving: Serving, shards: IndexShards | None) -> dict[str, Any]:
     """The public description of what is served: a `ReleaseInfo`."""
     catalogue, encoder = serving.catalogue, serving.encoder
     return {
@@ -457,6 +458,8 @@ def release_info(serving: Serving) -> dict[str, Any]:
         "text": encoder.text_reason is None,
         "text_reason": encoder.text_reason,
         "device": encoder.device,
+        "shards": len(shards.clients) if shards else 1,
+        "missing": shards.missing if shards else [],
         "precision": catalogue.precision,
         **describe(catalogue.calibration),
     }

@@ -188,14 +188,18 @@ class Timing(BaseModel):
     total: float = 0.0
 
 
+PARTIAL = Field(default=False, description="a shard of the index did not answer: hits that it has are not there")
+MISSING = Field(default=[], description='names of these shards, such as "Shard2"')
+
+
 class SearchResponse(BaseModel):
     """Hits of one query, best first."""
 
     release: str
     results: list[Hit]
     timing_ms: Timing
-    partial: bool = Field(default=False, description="a part of the index did not answer; `missing` names it")
-    missing: list[str] = []
+    partial: bool = PARTIAL
+    missing: list[str] = MISSING
 
 
 class VectorSearchResponse(BaseModel):
@@ -204,8 +208,8 @@ class VectorSearchResponse(BaseModel):
     release: str
     results: list[list[Hit]]
     timing_ms: Timing
-    partial: bool = False
-    missing: list[str] = []
+    partial: bool = PARTIAL
+    missing: list[str] = MISSING
 
 
 class Embedding(BaseModel):
@@ -312,6 +316,8 @@ class ReleaseInfo(BaseModel):
     text: bool
     text_reason: str | None
     device: str
+    shards: int = Field(default=1, description="processes that the vectors are divided over; 1: not divided")
+    missing: list[str] = Field(default=[], description="shards that do not answer now")
     precision: str | None = Field(default=None, description="of the encoder that made the vectors, where recorded")
     calibrated: bool = Field(default=False, description="whether hits come with a `probability`")
     calibration_error: float | None = Field(default=None, description="expected, on queries held out")

@@ -25,12 +25,14 @@ from serve.problems import Problem
 from serve.quality import RecallShadow
 from serve.queries import WHOLE, Answer, Embedded, EncoderInfo, Region, Wanted, check_filter, check_vectors, unit
 from serve.schema import Timing
+from serve.shards import IndexShards
 from serve.versions import SharedVersion, VersionCache
 
 T = TypeVar("T")
 ATTEMPTS = 3
 RECHECK_S = 1.0
 READY_S = 5.0
+SHARDS_START_S = 120.0  # after which a replica is ready without a shard that never came
 RELOAD_S = 900.0
 AWAY = 0.5  # how far the excluded examples push a query away from their mean
 SMALL_HITS, INLINE_MS = 100, 2.0
@@ -83,10 +85,18 @@ class SearchService:
         encoder: handle of `serve.encoder.Encoder`.
         shared: the version that all replicas have agreed on.
         local: whether short queries are encoded in this process.
+        shards: those that have the vectors; None when the index is searched in this process.
     """
 
-    def __init__(self, args: ServeArgs, encoder: DeploymentHandle, shared: SharedVersion, local: bool = True) -> None:
-        self.args, self._remote, self._shared = args, encoder, shared
+    def __init__(
+        self,
+        args: ServeArgs,
+        encoder: DeploymentHandle,
+        shared: SharedVersion,
+        local: bool = True,
+        shards: IndexShards | None = None,
+    ) -> None:
+        self.args, self._remote, self._shared, self.shards = args, encoder, shared, shards
         self._local = BatchingEncoder(args) if local else None
         self._catalogues: VersionCache[Catalogue] = VersionCache(self._open)
         short_places = 2 * args.max_batch_size
@@ -103,7 +113,7 @@ class SearchService:
         self.shadow = RecallShadow(args.recall_shadow)
         self._small_ms = 0.0  # what a small search takes, as measured
         self._serving: Serving | None = None
-        self._checked_at = 0.0
+        self._checked_at, self._started = 0.0, time.monotonic()
         self._switching = asyncio.Lock()
 
     # --- which release ----------------------------------------------------------------------------------------------
@@ -132,11 +142,16 @@ class SearchService:
         return self._serving
 
     async def check(self) -> Serving:
-        """The serving release, after the encoder has answered for it.
+        """The serving release, after the encoder, and every shard once, has answered.
 
         Raises:
-            Problem: 503 `not_ready` when it has not within five seconds.
+            Problem: 503 `not_ready` when one of them has not within five seconds.
         """
+        if self.shards is not None and time.monotonic() < self._started + SHARDS_START_S:
+            unseen = await asyncio.to_thread(self.shards.never_seen, READY_S)
+            if unseen:
+                detail = f"{', '.join(unseen)} gave no sign within {READY_S:g} s"
+                raise Problem(503, "not_ready", detail, headers={"Retry-After": "1"})
         try:
             async with asyncio.timeout(READY_S):
                 serving = await self.serving()
@@ -168,6 +183,7 @@ class SearchService:
             await asyncio.gather(
                 siblings(concrete),
                 self._remote.broadcast("load", concrete).results_async(timeout_s=RELOAD_S),
+                *(client.load(concrete, RELOAD_S) for client in (self.shards.clients if self.shards else ())),
             )
             serving = await self.describe(concrete)
         except Exception as error:
@@ -256,7 +272,8 @@ class SearchService:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _open(self, version: str) -> Catalogue:
-        return Catalogue(AudioIndex.open(self.args.index, version=version))
+        divided = self.shards.divided(version) if self.shards else None
+        return Catalogue(AudioIndex.open(self.args.index, version=version, divided=divided))
 
     def _checked(self, serving: Serving, wanted: Wanted) -> dict[str, Any] | None:
         if not 1 <= wanted.k <= self.args.max_k:
@@ -281,20 +298,20 @@ class SearchService:
             raise Problem(422, "too_many_hits", detail)
         lane = "light" if hits <= HEAVY_HITS else "heavy"
         began = time.perf_counter()
-        small = filter is None and hits <= SMALL_HITS and self._small_ms < INLINE_MS
+        small = filter is None and hits <= SMALL_HITS and self._small_ms < INLINE_MS and self.shards is None
         try:
             if small:  # a search of less than a millisecond or so is over before a thread has begun
-                results, spent = find(serving.catalogue, queries, wanted, filter, without, self.shadow)
+                results, spent, missing = find(serving.catalogue, queries, wanted, filter, without, self.shadow)
                 self._small_ms += 0.05 * (spent - self._small_ms)
             else:
                 work = self.in_lane(lane, hits, find, serving.catalogue, queries, wanted, filter, without, self.shadow)
-                results, spent = await work
+                results, spent, missing = await work
                 self._small_ms *= 0.99  # so that it is tried again
         except FilterError as error:
             raise Problem(422, "bad_filter", str(error)) from error
         timing.search += spent
         timing.queue += max(0.0, milliseconds(began) - spent)
-        return Answer(serving.version, results, timing)
+        return Answer(serving.version, results, timing, missing)
 
     async def _stored(self, serving: Serving, clip: int) -> np.ndarray:
         def vector() -> np.ndarray | None:
@@ -414,13 +431,13 @@ def find(
     filter: dict[str, Any] | None,
     without: set[int],
     shadow: RecallShadow,
-) -> tuple[list[list[dict[str, Any]]], float]:
-    """Hits of each query as JSON-ready dicts, and the milliseconds it took. In a thread: nothing here awaits."""
+) -> tuple[list[list[dict[str, Any]]], float, tuple[str, ...]]:
+    """Hits of each query as JSON-ready dicts, the milliseconds it took, and shards that did not answer."""
     began = time.perf_counter()
     by_file = wanted.group == "file"
     extra = len(without) + (wanted.k if wanted.collapse else 0)
     hits = catalogue.search(queries, min(wanted.k + extra, max(1, catalogue.rows)), filter, by_file)
-    if filter is None and hits.windows is None:
+    if filter is None and hits.windows is None and not hits.missing:
         shadow.watch(catalogue.index, queries, hits.scores.shape[1], hits.scores)
     results = rankings(hits, by_file, catalogue.calibration)
     if without:
@@ -428,7 +445,7 @@ def find(
         results = [[hit for hit in hits if hit["id"] not in without and hit["uri"] not in files] for hits in results]
     if wanted.collapse:
         results = [collapse(ranking, catalogue.index.vector) for ranking in results]
-    return [ranking[: wanted.k] for ranking in results], milliseconds(began)
+    return [ranking[: wanted.k] for ranking in results], milliseconds(began), hits.missing
 
 
 def joined(version: str, encoder: EncoderInfo, catalogue: Catalogue) -> Serving:

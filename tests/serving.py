@@ -1,6 +1,8 @@
 """A small published release to serve, made without the jobs: an untrained encoder, a dozen sounds, their vectors."""
 
 import io
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -23,12 +25,15 @@ from audiomae.search.items import ItemsWriter
 from audiomae.search.layout import write_map
 from audiomae.search.segments import IDS_FILE
 from audiomae.search.spec import choose
+from serve.access import ADMIN_VARIABLE
 
 RATE = 16_000
 CLASSES = ("chirp", "clicks", "noise", "tone")
 CLIPS_PER_CLASS = 3
 WINDOW_S = 2.0
 PATIENCE_S = 120  # of a busy machine, before a request counts as failed
+TOKEN = "a-token-for-tests"
+os.environ[ADMIN_VARIABLE] = TOKEN  # before the suite's Ray starts, whose processes inherit it
 
 
 def sound(label: str, variant: int, seconds: float = 2.0, rate: int = RATE) -> np.ndarray:
@@ -118,6 +123,22 @@ def running_service(index_dir: Path, **args: object) -> Iterator[httpx.Client]:
             yield client
     finally:
         ray_serve.shutdown()
+
+
+def replicas(deployment: str) -> set[str]:
+    """Names of a deployment's live replica actors."""
+    import ray
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in named if f"#{deployment}#" in actor["name"]}
+
+
+def kill(replica: str) -> None:
+    """SIGKILL to the process of a replica."""
+    import ray
+
+    actor = ray.get_actor(replica, namespace="serve")
+    os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
 
 
 def as_file(samples: np.ndarray, rate: int = RATE, format: str = "WAV", subtype: str | None = None) -> bytes:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from audiomae import storage
 from audiomae.artifacts import releases
 from audiomae.errors import FilterError, IntegrityError
 from audiomae.search.hits import Hits, Members, best_per_group
+from audiomae.search.index import VECTORS_FILE
 from audiomae.search.indexed import DELETED_FILE, NONE, IndexedSegment, segment_folders
 from audiomae.search.items import ItemsTable
 from audiomae.search.layout import MAP_FILE
 from audiomae.search.scanning import Outline
 from audiomae.search.searcher import Chosen, Searcher, open_quantiser
 from audiomae.search.segments import IDS_FILE
-from audiomae.search.sharded import Divided, Shards, needed_to_ask
+from audiomae.search.sharded import Divided, ShardMissingError, Shards, needed_to_ask
 from audiomae.search.spec import IndexSpec
 from audiomae.storage import Location, read_json
 
@@ -32,7 +35,8 @@ class AudioIndex:
     """
 
     def __init__(self, release: releases.Release, divided: Divided | None = None) -> None:
-        self.release = release
+        self.release = self._published = release
+        self.is_divided = divided is not None
         self._directory = Path(str(release.path))
         info = release.info
         self.spec = IndexSpec(**info["spec"])
@@ -76,6 +80,7 @@ class AudioIndex:
         """
         release = releases.resolve(index_dir, version)
         index = cls(releases.fetch(release, None if divided is None else needed_to_ask), divided)
+        index._published = release
         index.check_fingerprint(read_json(index.encoder_dir / "config.json")["fingerprint"])
         if fingerprint is not None:
             index.check_fingerprint(fingerprint)
@@ -154,10 +159,10 @@ class AudioIndex:
         With `group_by`, as in `search`, its whole group (the file it is from) is left out.
 
         Raises:
-            KeyError: no clip has this id. FilterError: as in `search`. ShardMissingError: as `vector`.
+            KeyError: no clip has this id. FilterError: as in `search`.
         """
         row = self._row(id)
-        queries, k = self._check_queries(self._searcher.scanner.vectors(np.array([row])), k), int(k)
+        queries, k = self._check_queries(self.vector(id), k), int(k)
         chosen, searcher = self._chosen(filter), self._searcher.afresh()
         if group_by is not None:
             groups = self._groups(group_by)
@@ -177,15 +182,23 @@ class AudioIndex:
         return self.table.rows([self._row(id)])[0]
 
     def vector(self, id: int) -> np.ndarray:
-        """The stored vector of a clip, float32[D].
+        """The stored vector of a clip, float32[D]; from the release's files when its shard does not answer.
 
         Raises:
-            KeyError: no clip has this id. ShardMissingError: it lies with a shard that does not answer.
+            KeyError: no clip has this id.
         """
-        return self.vectors([id])[0]
+        row = self._row(id)
+        try:
+            return self._searcher.scanner.vectors(np.array([row]))[0]
+        except ShardMissingError:
+            return self._read_vector(row)
 
     def vectors(self, ids: Sequence[int]) -> np.ndarray:
-        """The stored vectors of some clips, float32[N, D]. Raises as `vector` does."""
+        """The stored vectors of some clips, float32[N, D].
+
+        Raises:
+            KeyError: no clip has one of the ids. ShardMissingError: a vector lies with a shard that does not answer.
+        """
         return self._searcher.scanner.vectors(np.array([self._row(id) for id in ids], np.int64))
 
     def map(self) -> pa.Table | None:
@@ -214,6 +227,17 @@ class AudioIndex:
                     if place == len(self._deleted) or self._deleted[place] != row:
                         return int(row)
         raise KeyError(f"no clip with id {id} in index {self.version}")
+
+    def _read_vector(self, row: int) -> np.ndarray:
+        number = int(np.searchsorted(self._searcher.starts, row, side="right")) - 1
+        place = (row - int(self._searcher.starts[number])) * self.dim * 2
+        total = self._searcher.segments[number].num_rows * self.dim * 2
+        name = self._segments[number].name
+        folder = self._published.path.parent / name if name else self._published.path
+        with storage.open_seekable(folder / VECTORS_FILE) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(size - total + place)  # the file ends with the vectors
+            return np.frombuffer(file.read(self.dim * 2), np.float16).astype(np.float32)
 
     def _live_mask(self) -> np.ndarray:
         live = np.ones(self._searcher.num_rows, dtype=bool)

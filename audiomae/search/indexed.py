@@ -154,6 +154,11 @@ def segment_folders(release: Release) -> list[tuple[str, Path, int]]:
     return [(s["name"], folder.parent / s["name"], int(s["rows"])) for s in release.info["segments"]]
 
 
+def segment_rows(release: Release) -> list[int]:
+    """How many rows every segment of a release has, without a look at its files."""
+    return [int(segment["rows"]) for segment in release.info.get("segments", [release.info])]
+
+
 def needed_for_plan(name: str) -> bool:
     """Whether a plan looks at a file of a release."""
     kinds = (IDS_FILE, SORTED_IDS_FILE, SORTED_ROWS_FILE, DELETED_FILE, BLOCKED_FILE, "items.arrow")

@@ -24,7 +24,7 @@ import numpy as np
 from audiomae.artifacts import releases
 from audiomae.artifacts.releases import Release
 from audiomae.search.index import INDEX_FILE, LISTS_FILE, VECTORS_FILE, Ranked, Selection
-from audiomae.search.indexed import segment_folders
+from audiomae.search.indexed import segment_folders, segment_rows
 from audiomae.search.scanning import Candidates, Piece, Scanner, Segment, best, top
 from audiomae.search.searcher import open_quantiser
 from audiomae.search.spec import IndexSpec
@@ -90,8 +90,9 @@ def divide(rows: Sequence[int], shards: int, divisible: bool) -> list[list[Part]
 def divide_release(release: Release, shards: int) -> list[list[Part]]:
     """`divide` for the segments of a release."""
     kind = release.info["spec"]["kind"]
-    rows = [int(segment["rows"]) for segment in release.info.get("segments", [{"rows": release.info["rows"]}])]
-    return divide(rows, shards, kind == "flat" or (kind == "ivf" and release.info.get("quantiser") is not None))
+    return divide(
+        segment_rows(release), shards, kind == "flat" or (kind == "ivf" and release.info.get("quantiser") is not None)
+    )
 
 
 def needed_to_ask(name: str) -> bool:

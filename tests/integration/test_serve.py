@@ -22,17 +22,25 @@ import pytest
 import ray
 import soundfile
 from ray import serve
-from serving import PATIENCE_S, RATE, as_file, make_corpus, make_encoder, publish_release, running_service, sound
+from serving import (
+    PATIENCE_S,
+    RATE,
+    TOKEN,
+    as_file,
+    make_corpus,
+    make_encoder,
+    publish_release,
+    replicas,
+    running_service,
+    sound,
+)
 
 from audiomae.artifacts import releases
 from audiomae.model.text import TextConfig
 from audiomae.storage import read_json
 from ray_jobs import demo_queries
-from serve.access import ADMIN_VARIABLE
 from serve.app import build
 
-TOKEN = "a-token-for-tests"
-os.environ[ADMIN_VARIABLE] = TOKEN  # before the suite's Ray starts, whose processes inherit it
 MAX_UPLOAD = 1 << 20
 
 
@@ -396,12 +404,6 @@ def test_a_killed_replica_fails_no_request(service: Service, deployment: str) ->
 
     serving = service.http.get("/release").json()["version"]
     assert set(under_load(service, kill)) == {(200, serving)}
-
-
-def replicas(deployment: str) -> set[str]:
-    """Names of a deployment's live replica actors."""
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return {actor["name"] for actor in named if f"#{deployment}#" in actor["name"]}
 
 
 def test_a_damaged_release_is_refused_and_the_old_one_serves_on(service: Service) -> None:

@@ -342,10 +342,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(index: str, port: int) -> subprocess.Popen[bytes]:
-    """`serve run` in a session of its own; returns when it is ready."""
+def start(index: str, port: int, *more: str) -> subprocess.Popen[bytes]:
+    """`serve run`, with `more` arguments, in a session of its own; returns when it is ready."""
     command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", "serve.app:build"]
-    command += [f"index={index}", f"port={port}"]
+    command += [f"index={index}", f"port={port}", *more]
     with tempfile.TemporaryFile() as log:
         service = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         until = time.monotonic() + 300

@@ -103,16 +103,16 @@ def merge_windows(ranked: Sequence[list[dict[str, Any]]], spans: Sequence[tuple[
     return ranking
 
 
-def collapse(ranking: list[dict[str, Any]], vector: Callable[[int], np.ndarray]) -> list[dict[str, Any]]:
+def collapse(ranking: list[dict[str, Any]], vectors_of: Callable[[list[int]], np.ndarray]) -> list[dict[str, Any]]:
     """Drop every hit that is a near-duplicate of a better one; that one says how many in `duplicates`.
 
     Args:
         ranking: hits, best first.
-        vector: the unit vector float32[dim] of an item.
+        vectors_of: the unit vectors float32[n, dim] of items.
     """
     if not ranking:
         return []
-    vectors = np.stack([vector(hit["id"]) for hit in ranking])
+    vectors = vectors_of([hit["id"] for hit in ranking])
     kept: list[int] = []
     for place in range(len(ranking)):
         alike = vectors[kept] @ vectors[place] if kept else np.zeros(0)

@@ -28,7 +28,7 @@ from serve.queries import EncoderInfo, Region
 from serve.versions import VersionCache, mismatch
 
 LONG_BATCH = 4  # windows of a long upload encoded at a time: a short query waits for no more than these
-NICE = 10
+NICE = 19
 
 
 @dataclass(order=True)

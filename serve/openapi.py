@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serve.schema import ExamplesQuery, ProblemBody, ReloadRequest, TextQuery, VectorQuery
-from serve.service import Serving
+from serve.serving import Serving
 
 REF = "#/components/schemas/{model}"
 MODELS: tuple[type[BaseModel], ...] = (VectorQuery, TextQuery, ExamplesQuery, ReloadRequest, ProblemBody)
@@ -72,4 +72,5 @@ def _without_text(schema: dict[str, Any], reason: str) -> None:
     schema["paths"]["/search/text"] = {"description": f"501 with this release: {reason}"}
     form = schema["paths"]["/search"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     form["properties"].pop("text", None)
+    form["anyOf"] = [choice for choice in form["anyOf"] if choice["required"] != ["text"]]
     schema["components"]["schemas"]["ExamplesQuery"]["properties"].pop("text", None)

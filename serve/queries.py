@@ -1,6 +1,7 @@
 """What a request asks for and what it is answered with, in plain values; neither the model nor the index is loaded."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,30 @@ class Region:
 
 
 WHOLE = Region()
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound to search with: the bytes of an upload, or an item of the index; and the stretch of it that counts."""
+
+    data: bytes = b""
+    clip: int | None = None
+    region: Region = WHOLE
+
+
+@dataclass
+class Mixed:
+    """Several sounds, vectors and words as one query."""
+
+    include: list[Sound | np.ndarray] = field(default_factory=list)
+    exclude: list[Sound | np.ndarray] = field(default_factory=list)
+    text: str | None = None
+
+    @property
+    def clips(self) -> set[int]:
+        """Ids of the items that are examples: they are no hits."""
+        sounds = (sound for sound in (*self.include, *self.exclude) if isinstance(sound, Sound))
+        return {sound.clip for sound in sounds if sound.clip is not None}
 
 
 @dataclass(frozen=True)
@@ -137,3 +162,8 @@ def unit(queries: np.ndarray) -> np.ndarray:
         raise Problem(422, "zero_vector", detail)
     queries = queries / peaks  # so that no square overflows or vanishes
     return (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+
+
+def milliseconds(began: float) -> float:
+    """Since `began`, of `time.perf_counter()`."""
+    return (time.perf_counter() - began) * 1000

@@ -14,9 +14,11 @@ from audiomae.artifacts import releases
 from audiomae.errors import IntegrityError, UserError
 from serve import media
 from serve.arguments import ServeArgs
+from serve.failures import RELOAD_S, refusal
 from serve.metrics import ApiMetrics
 from serve.routes import Backstage, create_app
-from serve.service import RELOAD_S, SearchService, Serving, refusal
+from serve.service import SearchService
+from serve.serving import Serving
 from serve.shards import IndexShards
 from serve.versions import SharedVersion
 
@@ -42,7 +44,7 @@ class Api(Backstage):
         self._args = args
         many = IndexShards(shards, args.request_timeout_s / 2) if shards else None
         self._service = SearchService(args, encoder, shared, local, many)
-        self._service.open(shared.get())
+        self._service.release.open(shared.get())
         threading.Thread(target=media.warm_up, daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -50,9 +52,9 @@ class Api(Backstage):
 
     async def metrics_text(self) -> str:
         """This replica's metrics."""
-        catalogue = (await self._service.serving()).catalogue
+        catalogue = (await self._service.release.current()).catalogue
         self._metrics.serving(catalogue.version, catalogue.fingerprint, catalogue.rows)
-        self._metrics.lanes(self._service.lanes.values())
+        self._metrics.lanes(self._service.lanes.all.values())
         self._metrics.recall(self._service.shadow)
         if self._service.shards is not None:
             self._metrics.shards(len(self._service.shards.clients), len(self._service.shards.missing))
@@ -60,7 +62,7 @@ class Api(Backstage):
 
     async def load(self, version: str) -> str:
         """Open release `version` in this replica, so that a swap to it takes no time."""
-        return (await self._service.describe(version)).version
+        return (await self._service.release.describe(version)).version
 
     async def scrape(self) -> list[str]:
         """The metrics of all replicas, this one's without a detour."""
@@ -78,4 +80,4 @@ class Api(Backstage):
             handle = serve.get_deployment_handle(self._name, self._app_name)
             return await handle.broadcast("load", concrete).results_async(timeout_s=RELOAD_S)
 
-        return await self._service.reload(release.version, siblings)
+        return await self._service.release.reload(release.version, siblings)

@@ -188,8 +188,8 @@ class Timing(BaseModel):
     total: float = 0.0
 
 
-PARTIAL = Field(default=False, description="a shard of the index did not answer: hits that it has are not there")
-MISSING = Field(default=[], description='names of these shards, such as "Shard2"')
+Partial = Annotated[bool, Field(description="a shard of the index did not answer: hits that it has are not there")]
+Missing = Annotated[list[str], Field(description='names of these shards, such as "Shard2"')]
 
 
 class SearchResponse(BaseModel):
@@ -198,8 +198,8 @@ class SearchResponse(BaseModel):
     release: str
     results: list[Hit]
     timing_ms: Timing
-    partial: bool = PARTIAL
-    missing: list[str] = MISSING
+    partial: Partial = False
+    missing: Missing = []
 
 
 class VectorSearchResponse(BaseModel):
@@ -208,8 +208,8 @@ class VectorSearchResponse(BaseModel):
     release: str
     results: list[list[Hit]]
     timing_ms: Timing
-    partial: bool = PARTIAL
-    missing: list[str] = MISSING
+    partial: Partial = False
+    missing: Missing = []
 
 
 class Embedding(BaseModel):

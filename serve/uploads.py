@@ -200,7 +200,7 @@ class _Parts:
     def __init__(self, form: Form, boundary: bytes) -> None:
         self._form = form
         self._header, self._value = bytearray(), bytearray()
-        self._headers: dict[bytes, str] = {}
+        self._headers: dict[bytes, bytes] = {}
         self._data = bytearray()
         self._complete = False
         self._parser = MultipartParser(
@@ -226,11 +226,11 @@ class _Parts:
         self._headers, self._data = {}, bytearray()
 
     def _header_end(self) -> None:
-        self._headers[bytes(self._header).lower()] = self._value.decode("utf-8", "replace")
+        self._headers[bytes(self._header).lower()] = bytes(self._value)
         self._header, self._value = bytearray(), bytearray()
 
     def _part_end(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", ""))
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         name = options.get(b"name", b"").decode("utf-8", "replace")
         if len(self._form.fields) + len(self._form.files) >= MAX_FIELDS:
             raise FormParserError(f"more than {MAX_FIELDS} fields")

@@ -1,6 +1,6 @@
 """Embedding sets, tiny encoders and releases for tests of what comes after embedding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,9 +99,10 @@ def make_release(
     delete: Sequence[int] = (),
     undelete: Sequence[int] = (),
     remove: Sequence[str] = (),
+    save_encoder: Callable[[Path], Any] | None = None,
     **settings: Any,
 ) -> Release | None:
-    """What build_index.py does, in this process and without an encoder or a bound on recall."""
+    """What build_index.py does, in this process and without a bound on recall; no encoder unless one is saved."""
     config = BuildOptions(**{"recall": 0, "queries": 20, "filter_queries": 0, "map": False} | settings)
     base = release.resolve_or_none(index_dir)
     request = Request(np.array(delete, np.int64), np.array(undelete, np.int64), tuple(remove))
@@ -111,7 +112,7 @@ def make_release(
     fingerprint = base.fingerprint if base else sets[0].fingerprint
     facts = {"fingerprint": fingerprint, "dim": int(base.info["dim"]) if base else sets[0].dim}
 
-    def save_encoder(target: Path) -> None:
+    def save_none(target: Path) -> None:
         storage.write_json(target / "config.json", {"fingerprint": fingerprint})
 
-    return build.run_build(work, str(index_dir), config, build.run_here, save_encoder, facts)
+    return build.run_build(work, str(index_dir), config, build.run_here, save_encoder or save_none, facts)

@@ -182,24 +182,21 @@ class AudioIndex:
         return self.table.rows([self._row(id)])[0]
 
     def vector(self, id: int) -> np.ndarray:
-        """The stored vector of a clip, float32[D]; from the release's files when its shard does not answer.
-
-        Raises:
-            KeyError: no clip has this id.
-        """
-        row = self._row(id)
-        try:
-            return self._searcher.scanner.vectors(np.array([row]))[0]
-        except ShardMissingError:
-            return self._read_vector(row)
+        """The stored vector of a clip, float32[D]. Raises KeyError when no clip has this id."""
+        vector: np.ndarray = self.vectors([id])[0]
+        return vector
 
     def vectors(self, ids: Sequence[int]) -> np.ndarray:
-        """The stored vectors of some clips, float32[N, D].
+        """The stored vectors of some clips, float32[N, D]; from the release's files when their shard does not answer.
 
         Raises:
-            KeyError: no clip has one of the ids. ShardMissingError: a vector lies with a shard that does not answer.
+            KeyError: no clip has one of the ids.
         """
-        return self._searcher.scanner.vectors(np.array([self._row(id) for id in ids], np.int64))
+        rows = np.array([self._row(id) for id in ids], np.int64)
+        try:
+            return self._searcher.scanner.vectors(rows)
+        except ShardMissingError:
+            return np.stack([self._read_vector(row) for row in rows.tolist()])
 
     def map(self) -> pa.Table | None:
         """Where the sounds lie on the map (id int64, x and y uint16 of 65,535): one of each file, at most 100,000.

@@ -234,8 +234,8 @@ def best(found: Sequence[Ranked], k: int, queries: int) -> Ranked:
     scores = np.concatenate([scores for scores, _ in found], axis=1)
     rows = np.concatenate([rows for _, rows in found], axis=1)
     scores[rows < 0] = -np.inf
-    found, numbers = top(scores, k, rows, scores, rows)
-    return found, numbers
+    highest, numbers = top(scores, k, rows, scores, rows)
+    return highest, numbers
 
 
 def nothing(queries: int) -> Ranked:

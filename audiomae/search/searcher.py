@@ -176,7 +176,8 @@ class Searcher:
             found = self.scanner.scan(queries, count, lists, similar, rows)
         else:
             found = self.scanner.walk(queries, count, spec.effort, rows)
-        return _padded(*top(found.scores, k, found.rows, found.scores, found.rows), k)
+        scores, numbers = top(found.scores, k, found.rows, found.scores, found.rows)
+        return _padded(scores, numbers, k)
 
 
 class _Probing:

@@ -93,14 +93,20 @@ def without_chances(value: Any) -> Any:
     return [without_chances(inner) for inner in value] if isinstance(value, list) else value
 
 
-def test_shards_answer_as_one_index_does(ray_cluster: None, work: Path, request: pytest.FixtureRequest) -> None:
-    index = AudioIndex.open(work / "index")
+@pytest.fixture(scope="module")
+def whole(ray_cluster: None, work: Path) -> dict[str, Any]:
+    """What the release answers undivided."""
     with running_service(work / "index", index_shards=1) as http:
-        whole = ask_everything(http, index)
         assert http.get("/release").json()["shards"] == 1
-    service = request.getfixturevalue("service")
-    assert ask_everything(service.http, index) == whole
+        return ask_everything(http, AudioIndex.open(work / "index"))
+
+
+def test_nothing_is_missing_of_an_undivided_release(whole: dict[str, Any]) -> None:
     assert all(answer.get("partial", False) is False for answer in whole.values())
+
+
+def test_shards_answer_as_one_index_does(whole: dict[str, Any], service: Service) -> None:
+    assert ask_everything(service.http, AudioIndex.open(service.index)) == whole
     release = service.http.get("/release").json()
     assert (release["shards"], release["missing"]) == (SHARDS, [])
     assert 'state="answering"} 3.0' in service.http.get("/metrics").text

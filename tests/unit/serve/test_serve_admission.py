@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from serve.admission import Lane
+from serve.arguments import ServeArgs
+from serve.lanes import BURST, Lanes
 from serve.problems import Problem
 
 
@@ -123,3 +125,27 @@ def test_it_learns_how_fast_it_is() -> None:
         await asyncio.gather(*tasks)
 
     run(scenario)
+
+
+def test_a_burst_is_let_in_and_no_more_than_that() -> None:
+    """What is at work and waiting together bounds how long an accepted request takes."""
+    lanes = Lanes(ServeArgs(index="unused", max_wait_s=0.1))
+
+    async def run(lane: str) -> int:
+        end = asyncio.Event()
+
+        async def work() -> bool:
+            try:
+                async with lanes.place(lane, 1000.0, 60.0):
+                    await end.wait()
+            except Problem as problem:
+                assert problem.code == "overloaded"
+                return False
+            return True
+
+        asked = [asyncio.create_task(work()) for _ in range(10 * BURST)]
+        await asyncio.sleep(0)
+        end.set()
+        return sum(await asyncio.gather(*asked))
+
+    assert [asyncio.run(run(lane)) for lane in ("short", "light", "media")] == [BURST] * 3

@@ -57,7 +57,9 @@ def test_spans_join_where_they_touch_and_the_best_comes_first() -> None:
 
 def test_near_duplicates_collapse_into_the_better_hit() -> None:
     vectors = {1: [1.0, 0.0], 2: [0.9999, 0.01], 3: [0.0, 1.0]}
-    kept = answers.collapse([hit(1, 0.9), hit(2, 0.8), hit(3, 0.1)], lambda clip: np.array(vectors[clip]))
+    kept = answers.collapse(
+        [hit(1, 0.9), hit(2, 0.8), hit(3, 0.1)], lambda clips: np.array([vectors[clip] for clip in clips])
+    )
     assert [(one["id"], one["duplicates"]) for one in kept] == [(1, 1), (3, 0)]
 
 
@@ -73,6 +75,9 @@ def test_a_form_is_read_from_memory() -> None:
     )
     found = parse_form(body, "multipart/form-data; boundary=B")
     assert (found.files, found.fields) == ({"file": b"\0\r\n--b\xff"}, {"k": "3"})
+    assert (
+        parse_form(body.replace(b'filename="', 'filename="дождь'.encode()), "multipart/form-data; boundary=B") == found
+    )
     assert parse_form(b"k=3&text=a+b", "application/x-www-form-urlencoded").fields == {"k": "3", "text": "a b"}
 
 

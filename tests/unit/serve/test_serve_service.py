@@ -14,11 +14,11 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError
 
 from audiomae.errors import IntegrityError
-from serve import service as module
+from serve import serving as module
 from serve.arguments import ServeArgs
 from serve.problems import Problem
-from serve.queries import EncoderInfo, Region, Wanted
-from serve.service import Mixed, SearchService, Sound
+from serve.queries import EncoderInfo, Mixed, Region, Sound, Wanted
+from serve.service import SearchService
 
 ENCODER = EncoderInfo(
     fingerprint="f", sample_rate=16_000, window_s=2.0, dim=2, device="cpu", text_reason="deaf to words"
@@ -53,6 +53,7 @@ class Catalogue:
             scores=np.take_along_axis(scores, order, axis=1),
             items=[[dict(ROWS[ids[place]]) for place in places] for places in order],
             windows=None,
+            missing=(),
         )
 
 
@@ -91,7 +92,7 @@ def serving(catalogue: Catalogue | None = None, args: dict[str, Any] | None = No
     shared: Any = Shared()
     handle: Any = SimpleNamespace(**{"load": Method(ENCODER), **methods})
     service = SearchService(ServeArgs(index="unused", **(args or {})), handle, shared, local=False)
-    service._catalogues._opener = lambda version: catalogue or Catalogue(version)  # type: ignore[assignment, return-value]
+    service.release._catalogues._opener = lambda version: catalogue or Catalogue(version)  # type: ignore[assignment, return-value]
     return service
 
 
@@ -140,7 +141,7 @@ def test_an_encoder_that_does_not_answer_is_not_waited_for() -> None:
 
 def test_it_is_not_ready_before_the_encoder_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "READY_S", 0.05)
-    problem = problem_of(serving(load=Method(never)).check)
+    problem = problem_of(serving(load=Method(never)).release.check)
     assert (problem.status_code, problem.code) == (503, "not_ready")
 
 
@@ -157,7 +158,7 @@ def test_a_version_chosen_elsewhere_is_taken_up(monkeypatch: pytest.MonkeyPatch)
     async def ask_twice() -> list[str]:
         seen = []
         for version in ("v1", "v2"):
-            service._shared.version = version  # type: ignore[attr-defined]
+            service.release._shared.version = version  # type: ignore[attr-defined]
             seen.append((await service.search_vectors([[0.0, 2.0]], Wanted())).release)
         return seen
 
@@ -225,7 +226,7 @@ def test_a_reload_while_a_replica_is_replaced_asks_to_try_again() -> None:
     from ray.serve._private.common import DeploymentID
     from ray.serve.exceptions import DeploymentUnavailableError
 
-    from serve.service import refusal
+    from serve.failures import refusal
 
     problem = refusal(DeploymentUnavailableError(DeploymentID(name="Encoder", app_name="search")))
     assert isinstance(problem, Problem) and (problem.status_code, problem.code) == (503, "replica_lost")

@@ -12,7 +12,7 @@ from serve.arguments import ServeArgs
 from serve.failures import timed_out
 
 T = TypeVar("T")
-BURST = 64  # requests that are let in at once whatever they take: a burst of patient clients is no overload
+BURST = 64  # requests that are let in even where the last waits long: a burst of patient clients is no overload
 
 
 class Lanes:

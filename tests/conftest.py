@@ -14,6 +14,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_raylet_start_wait_time_s="180",  # of a busy machine
     RAY_agent_register_timeout_ms="180000",  # likewise; a raylet whose agent is later ends itself
+    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
     RAY_TRAIN_V2_ENABLED="1",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.25",
     HF_HUB_OFFLINE="1",

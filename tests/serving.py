@@ -118,11 +118,20 @@ def running_service(index_dir: Path, **args: object) -> Iterator[httpx.Client]:
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             until = time.monotonic() + PATIENCE_S
-            while client.get("/readyz").status_code != 200:  # each "no" takes seconds
+            while not is_ready(client):  # each "no" takes seconds
                 assert time.monotonic() < until, client.get("/readyz").text
             yield client
     finally:
         ray_serve.shutdown()
+
+
+def is_ready(client: httpx.Client) -> bool:
+    """Whether the service answers that it is; not while its proxy does not listen yet."""
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        time.sleep(0.2)
+        return False
 
 
 def replicas(deployment: str) -> set[str]:

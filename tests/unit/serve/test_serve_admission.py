@@ -136,7 +136,7 @@ def test_a_burst_is_let_in_and_no_more_than_that() -> None:
 
         async def work() -> bool:
             try:
-                async with lanes.place(lane, 1000.0, 60.0):
+                async with lanes.place(lane, 20.0, 60.0):
                     await end.wait()
             except Problem as problem:
                 assert problem.code == "overloaded"

@@ -15,7 +15,7 @@ from audiomae.artifacts.embeddings import EmbeddingSet, joined_precision
 from audiomae.artifacts.releases import Release
 from audiomae.cli import Progress
 from audiomae.errors import AudioMAEError, IntegrityError, UserError
-from audiomae.search.build import run_build
+from audiomae.search.build import run_build, run_here
 from audiomae.search.build_plan import Part, Request, make_plan
 from ray_jobs._cluster import Request as Resources
 from ray_jobs._cluster import notice_of_waiting
@@ -25,6 +25,7 @@ from ray_jobs.configs import BuildConfig
 
 MAX_ID = 2**63 - 1
 TASK_RETRIES = 3
+ROWS_BUILT_HERE = 20_000  # are indexed in this process before a local Ray would have started
 
 
 def run(config: BuildConfig) -> Release:
@@ -59,7 +60,8 @@ def run(config: BuildConfig) -> Release:
     def save_encoder(target: Path) -> None:
         _save_encoder(config.encoder, sets, base, fingerprint, target)
 
-    published = run_build(work, config.out, config, run_tasks, save_encoder, facts)
+    here = sum(segment.num_rows for segment in work.made) <= ROWS_BUILT_HERE and not in_cluster()
+    published = run_build(work, config.out, config, run_here if here else run_tasks, save_encoder, facts)
     print_summary(published, config.out, time.monotonic() - started)
     return published
 

@@ -14,7 +14,7 @@ class PlacementConfig(StrictConfig):
         "auto", description="fused: workers decode and encode; split: decode tasks feed encoders; auto: split with GPUs"
     )
     workers: int | None = Field(
-        None, ge=1, description="most encode workers; default: as many as the cluster has or gets room for"
+        None, ge=1, description="most encoding workers; default: as many as the cluster has or gets room for"
     )
     threads: int = Field(
         1, ge=1, description="torch threads of each worker, and the CPUs it reserves where it has them"

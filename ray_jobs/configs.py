@@ -82,7 +82,7 @@ class EmbedOptions(PlacementConfig, ReadAs):
     )
     silence_db: float | None = Field(None, description="a window with a lower peak is silent, in dBFS; default: -60")
     silence_range_db: float | None = Field(
-        None, gt=0, description="so is one this far below the loudest window of its file, in dB; default: 50"
+        None, gt=0, description="a window this far below the loudest of its file is silent, too, in dB; default: 50"
     )
     on_damage: OnDamage | None = Field(
         None, description="salvage = embed the rest of a damaged file, its lost spans in failures/ (default); fail"
@@ -108,7 +108,8 @@ class EmbedOptions(PlacementConfig, ReadAs):
         None, ge=1, description="windows per encoder call; default: 8 on a CPU, 256 on a GPU"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the encoder's arithmetic; auto: bfloat16 on a GPU that has it, float32 on every CPU"
+        "auto",
+        description="precision of the encoder's arithmetic; auto: bfloat16 on a GPU that has it, float32 on every CPU",
     )
     compile: bool | None = Field(
         None, description="fuse the encoder's blocks on a GPU (torch.compile); default: from 50,000 files on"
@@ -116,12 +117,14 @@ class EmbedOptions(PlacementConfig, ReadAs):
     allow_precision_change: bool = Field(
         False, description="let --dtype differ from what is in --out already; each receipt records its own"
     )
-    vector_dtype: Literal["float32", "float16"] = Field("float32", description="of the stored embeddings")
+    vector_dtype: Literal["float32", "float16"] = Field("float32", description="precision of the stored embeddings")
     shard_minutes: float | None = Field(
         None, gt=0, description="minutes of audio per shard, about; default: 1 to 30 by corpus size"
     )
     stall_timeout_s: float = Field(600.0, gt=0, description="give up on a file that yields no audio for so long")
-    price_per_hour: float | None = Field(None, ge=0, description="of the cluster, for the cost per 1,000 audio hours")
+    price_per_hour: float | None = Field(
+        None, ge=0, description="price of the cluster, to print what 1,000 audio hours cost"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "EmbedOptions":
@@ -286,13 +289,15 @@ class DemoConfig(StageOptions):
     out: str = Field("demo", description="everything goes here", json_schema_extra=output("DIR"))
     clips: int = Field(480, ge=1, description="size of the generated corpus")
     queries: int = Field(48, ge=1, description="clips to query with; none of them is in the corpus")
-    port: int = Field(8000, ge=0, description="of the service, on loopback")
+    port: int = Field(8000, ge=0, description="port of the service, on loopback")
 
 
 class QueryConfig(StrictConfig):
     """Labelled clips sent to a running service."""
 
-    url: str = Field("http://127.0.0.1:8000", description="of the running service", json_schema_extra=shown_as("URL"))
+    url: str = Field(
+        "http://127.0.0.1:8000", description="address of the running service", json_schema_extra=shown_as("URL")
+    )
     queries: str = Field(description="a labelled corpus, best not the indexed one", json_schema_extra=shown_as("SRC"))
     k: int = Field(5, ge=1, description="hits per query")
     label: str = Field("label", description="column with the class", json_schema_extra=shown_as("COLUMN"))

@@ -22,8 +22,8 @@ class ServeArgs(StrictConfig):
     device: str = Field(default="auto", description="where the encoder runs: auto, cpu, cuda")
     dtype: str = Field(default="auto", description="precision of the encoder: auto, float32, bfloat16")
     encoder_threads: int = Field(default=0, ge=0, description="torch threads of one encoder; 0 = all cores")
-    api_replicas: int = Field(default=1, ge=1)
-    encoder_replicas: int = Field(default=1, ge=1, description="of the encoder for long uploads, or for a GPU")
+    api_replicas: int = Field(default=1, ge=1, description="processes that answer HTTP requests")
+    encoder_replicas: int = Field(default=1, ge=1, description="replicas of the encoder for long uploads, or for a GPU")
     index_shards: int = Field(
         default=0,
         ge=0,
@@ -40,7 +40,7 @@ class ServeArgs(StrictConfig):
     max_audio_s: float = Field(default=600.0, gt=0, description="longer uploads are refused (422)")
     max_decode_s: float = Field(default=20.0, gt=0, description="CPU seconds that decoding an upload may take")
     short_audio_s: float = Field(
-        default=30.0, gt=0, description="longer uploads go the slow lane, so that short ones do not wait for them"
+        default=30.0, gt=0, description="longer uploads take the slow lane, so that short ones do not wait for them"
     )
     request_timeout_s: float = Field(default=30.0, gt=0, description="longest wait for an answer (504)")
     max_wait_s: float = Field(default=1.0, gt=0, description="requests that would wait longer than this are shed (503)")

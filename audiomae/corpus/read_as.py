@@ -42,7 +42,7 @@ class ReadAs(StrictConfig):
 
     types: ColumnTypes = Field(
         {},
-        description="of columns of the listing, such as label=int fold=text (text, int, float, bool, date, timestamp)",
+        description="types of the listing's columns, such as label=int fold=text (also float, bool, date, timestamp)",
         json_schema_extra=shown_as("COLUMN=TYPE"),
     )
     null_words: NullWords = Field(

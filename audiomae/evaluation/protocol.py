@@ -31,8 +31,8 @@ class ProtocolConfig(StrictConfig):
         gt=0,
         description="of a larger set only this many are queries, the same for every run; the gallery stays whole",
     )
-    resamples: int = Field(2000, ge=100, description="of the bootstrap and the permutation test")
-    seed: int = Field(0, description="of the sampling and resampling")
+    resamples: int = Field(2000, ge=100, description="how often the bootstrap and the permutation test draw")
+    seed: int = Field(0, description="seed of sampling and resampling")
 
     def describe(self) -> str:
         """The protocol in one sentence, for the reader of a report."""

@@ -26,8 +26,8 @@ class BuildOptions(StrictConfig):
         json_schema_extra=shown_as("FACTORY"),
     )
     rows_per_part: int = Field(250_000, gt=0, description="rows of one build task, which holds them in memory")
-    min_parts: int = Field(2, gt=0, description="into how many parts even a small build is cut")
-    segment_rows: int = Field(16_000_000, gt=0, description="rows of one segment, at most")
+    min_parts: int = Field(2, gt=0, description="number of parts that even a small build is cut into")
+    segment_rows: int = Field(16_000_000, gt=0, description="most rows of a segment")
     fan_in: int = Field(4, ge=2, description="as many segments of about one size (within a factor of 4) become one")
     flat_max_rows: int = Field(
         FLAT_MAX_ROWS,
@@ -44,7 +44,7 @@ class BuildOptions(StrictConfig):
     allow_mixed_precision: bool = Field(
         False, description="index vectors computed in different precisions together; release.json records it"
     )
-    seed: int = Field(0, description="of the training sample and k-means")
+    seed: int = Field(0, description="seed of the training sample and of k-means")
 
 
 class IndexSpec(StrictConfig):

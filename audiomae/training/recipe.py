@@ -127,14 +127,16 @@ class ObjectiveConfig(StrictConfig):
         None, description="mask mode of the first and of the second view, such as [time, frequency] (AudioMosaic)"
     )
     teacher_decay: float = Field(
-        0.99, ge=0, lt=1, description="of the latent targets' teacher: what it keeps of itself at each step"
+        0.99, ge=0, lt=1, description="for objective.latent: the share of itself that the teacher keeps at each step"
     )
     supervised: bool | None = Field(None, description="contrastive positives by label; null = where labels exist")
     positives: Literal["mean", "sum"] = Field(
         "mean",
         description="several positives of a clip: mean of their log-probabilities, or log of their summed probability",
     )
-    temperature: float = Field(0.1, gt=0, description="of the contrastive loss; the CLAP losses learn theirs from here")
+    temperature: float = Field(
+        0.1, gt=0, description="of the contrastive loss; the CLAP losses begin with it and learn their own"
+    )
     margin: float = Field(0.2, gt=0, description="of the triplet loss")
     projector: int = Field(0, ge=0, description="width of a head used by contrastive losses only; 0 = none")
 
@@ -231,7 +233,7 @@ class WorkersConfig(StrictConfig):
 class Recipe(StrictConfig):
     """How an encoder is trained: all that decides a training run, but the corpus and where the run is kept."""
 
-    seed: int = Field(0, ge=0, description="of weights, order, augmentation and validation split")
+    seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and validation split")
     init: str | None = Field(
         None,
         description="start from an encoder (folder, s3://, official:PATH, timm:NAME): features and backbone come from "

@@ -228,18 +228,19 @@ class Shards:
         return Candidates(*top(approximate, count, rows, approximate, rows, scores))
 
     def _ask_all(self, question: Question, allowed: Any) -> list[Sequence[np.ndarray]]:
-        waiting = {}
+        asked: dict[str, Question] = {}
         for name, parts in self._parts.items():
             if not parts or name in self.missing:
                 continue
             mine = None if allowed is None else {part.segment: allowed[part.segment] for part in parts}
             if mine is None or any(selection.count for selection in mine.values()):
-                asked = Question(question.operation, question.numbers, question.arrays, mine)
-                waiting[name] = self._pool.submit(self._asks[name], asked)
-        found = []
-        for name, call in waiting.items():
+                asked[name] = Question(question.operation, question.numbers, question.arrays, mine)
+        names = list(asked)
+        waiting = {name: self._pool.submit(self._asks[name], asked[name]) for name in names[:-1]}
+        found = {}
+        for name in reversed(names):  # the last from this thread, while others ask the rest
             try:
-                found.append(call.result())
+                found[name] = waiting[name].result() if name in waiting else self._asks[name](asked[name])
             except ShardMissingError:
                 self.missing.add(name)
-        return found
+        return [found[name] for name in names if name in found]

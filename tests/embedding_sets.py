@@ -14,7 +14,8 @@ from audiomae.artifacts.releases import Release
 from audiomae.artifacts.tables import EmbedSettings, embedding_schema, vectors_to_column
 from audiomae.corpus.manifest import clip_id
 from audiomae.search import build
-from audiomae.search.build_plan import Request, make_plan
+from audiomae.search.build_plan import make_plan
+from audiomae.search.plan import Request
 from audiomae.search.spec import BuildOptions
 
 if TYPE_CHECKING:

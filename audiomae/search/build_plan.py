@@ -5,9 +5,8 @@ can be read at the same time, and from the rows of older segments), and which ro
 8 bytes of memory a new row beside what one row in sixteen needs; nothing grows with the rows that are indexed already.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,135 +18,12 @@ from audiomae.artifacts.embeddings import EmbeddingSet, ShardReceipt, read_shard
 from audiomae.artifacts.releases import Release
 from audiomae.artifacts.tables import map_ahead
 from audiomae.errors import UserError
-from audiomae.search.indexed import Indexed, IndexedSegment
+from audiomae.search.arrangement import arrange, cut, rebuilt, why_rebuild
+from audiomae.search.indexed import Indexed
+from audiomae.search.plan import BuildPlan, Request, Slice
 from audiomae.search.spec import BuildOptions, IndexSpec, choose
 
 BUCKETS = 16  # ids are hashes: a sixteenth of them is compared at a time
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Rows `start` to `stop` of an embedding shard."""
-
-    directory: str
-    shard: str
-    sha256: str
-    start: int
-    stop: int
-    corpus: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """The rows of one build task: slices in order, less the rows where `keep` (bool over all of them) is False."""
-
-    slices: tuple[Slice, ...]
-    keep: np.ndarray = field(repr=False)
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows the part will have."""
-        return int(np.count_nonzero(self.keep))
-
-    @property
-    def key(self) -> str:
-        """A name that changes with anything that decides the part's rows."""
-        slices = [(s.shard, s.sha256, s.start, s.stop, s.corpus) for s in self.slices]
-        return storage.sha256_bytes(storage.encode_json(slices) + np.packbits(self.keep).tobytes())[:16]
-
-
-@dataclass(frozen=True)
-class OldRows:
-    """The rows of an indexed segment, less those in `dropped` (int64, ascending)."""
-
-    name: str
-    rows: int
-    dropped: np.ndarray = field(repr=False)
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows are taken."""
-        return self.rows - len(self.dropped)
-
-
-@dataclass(frozen=True)
-class SegmentPlan:
-    """A segment to be written: rows of older segments, then new ones."""
-
-    old: tuple[OldRows, ...] = ()
-    parts: tuple[Part, ...] = ()
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows the segment will have."""
-        return sum(rows.num_rows for rows in self.old) + sum(part.num_rows for part in self.parts)
-
-    @property
-    def key(self) -> str:
-        """A name that changes with anything that decides the segment's rows."""
-        old = [(o.name, storage.sha256_bytes(o.dropped.tobytes())) for o in self.old]
-        return storage.sha256_bytes(storage.encode_json([old, [part.key for part in self.parts]]))[:16]
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """What a build has to do.
-
-    Attributes:
-        base: the release in force; None for a first build.
-        kept: segments of it that stay, by name.
-        made: segments to write; they come after those that stay.
-        trains: whether a quantiser is trained for them (and `kept` is empty).
-        spec: what the segments are.
-        corpora: one entry per embedding set: root, embeddings, windowing, the SHA-256 of its indexed shards.
-        deleted: int64, rows of the kept segments (numbered through in their order) that are no longer found.
-        blocked: int64, ids deleted by request, which stay deleted when they are embedded again.
-        reason: for the log.
-        notes: what the user should know, such as ids to delete that are not there.
-    """
-
-    base: Release | None
-    kept: tuple[str, ...]
-    made: tuple[SegmentPlan, ...]
-    trains: bool
-    spec: IndexSpec
-    corpora: list[dict[str, Any]]
-    deleted: np.ndarray
-    blocked: np.ndarray
-    reason: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """What is to be read from embedding sets."""
-        return tuple(part for segment in self.made for part in segment.parts)
-
-    @property
-    def num_new(self) -> int:
-        """Rows that are read from embedding sets."""
-        return sum(part.num_rows for part in self.parts)
-
-    @property
-    def key(self) -> str:
-        """A name for the build: the same for the same work on the same base."""
-        made = [segment.key for segment in self.made]
-        facts = [self.base.version if self.base else None, self.kept, made, self.spec.factory, self.spec.nlist]
-        return storage.sha256_bytes(storage.encode_json(facts) + self.deleted.tobytes() + self.blocked.tobytes())[:16]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a build beside the embedding sets to index.
-
-    Attributes:
-        delete: int64, ids to delete for good.
-        undelete: int64, ids that were deleted by request and are to be found again.
-        remove: embedding sets (as they were named when they were indexed) whose clips are no longer found.
-    """
-
-    delete: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    undelete: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    remove: tuple[str, ...] = ()
 
 
 @dataclass
@@ -208,16 +84,16 @@ def make_plan(
         raise UserError("nothing to index: the embedding sets hold no rows, or all were deleted")
     dim = int(base.info["dim"]) if base else sets[0].dim
     spec = choose(total, dim, config.memory_gib, config.flat_max_rows, config.index)
-    rebuild = _why_rebuild(old, spec, config) if base else "first build"
+    rebuild = why_rebuild(old, spec, config) if base else "first build"
     if base and not rebuild:
         same = not keep.any() and not old.changed and np.array_equal(blocked, old.blocked)
         if same and corpora == base.info["corpora"] and base.info["recall"]["value"] >= config.recall:
             return None
         spec = IndexSpec(**base.info["spec"])
-        kept, made = _arrange(old.segments, _cut(new.slices, keep, config), config)
+        kept, made = arrange(old.segments, cut(new.slices, keep, config), config)
         reason = f"extends {base.version}"
     else:
-        kept, made = (), _rebuilt(old.segments, _cut(new.slices, keep, config), config)
+        kept, made = (), rebuilt(old.segments, cut(new.slices, keep, config), config)
         reason = f"rebuilds {base.version}: {rebuild}" if base else rebuild
     deleted = old.deleted_rows(kept)
     trains = bool(rebuild) and spec.kind == "ivf"
@@ -386,97 +262,3 @@ def _check_roots(ids: np.ndarray, keep: np.ndarray, corpus: np.ndarray, old: Ind
             "ids are made from the path within a corpus, so embed both with their common parent folder as --corpus, "
             "or put them into two indexes"
         )
-
-
-def _why_rebuild(old: Indexed, new: IndexSpec, config: BuildOptions) -> str:
-    if old.legacy:
-        return "it is stored in the form of an older version"
-    before = IndexSpec(**old.info["spec"])
-    old_codec, new_codec = before.factory.partition(",")[2], new.factory.partition(",")[2]
-    if (before.kind, old_codec) != (new.kind, new_codec) or (config.index and new.nlist != before.nlist):
-        asked = "was asked for" if config.index else "suits this size and memory"
-        return f"{new.factory or 'an exhaustive scan'} {asked}, not {before.factory or 'an exhaustive scan'}"
-    if new.nlist >= 4 * max(before.nlist, 1):
-        return f"{new.nlist} lists suit this size, not {before.nlist}"
-    return ""
-
-
-def _rebuilt(
-    segments: Sequence[IndexedSegment], parts: Sequence[Part], config: BuildOptions
-) -> tuple[SegmentPlan, ...]:
-    """Everything in as few segments as may be."""
-    pieces: list[OldRows | Part] = [
-        OldRows(s.name, s.num_rows, s.deleted) for s in segments if len(s.deleted) < s.num_rows
-    ]
-    made: list[SegmentPlan] = []
-    for piece in pieces + list(parts):
-        if not made or made[-1].num_rows + piece.num_rows > config.segment_rows:
-            made.append(SegmentPlan())
-        made[-1] = _joined(made[-1], piece)
-    return tuple(made)
-
-
-def _joined(segment: SegmentPlan, piece: OldRows | Part) -> SegmentPlan:
-    if isinstance(piece, OldRows):
-        return replace(segment, old=(*segment.old, piece))
-    return replace(segment, parts=(*segment.parts, piece))
-
-
-def _arrange(
-    segments: Sequence[IndexedSegment], parts: Sequence[Part], config: BuildOptions
-) -> tuple[tuple[str, ...], tuple[SegmentPlan, ...]]:
-    """Which segments stay and which are written.
-
-    New rows become a segment of their own. A segment with many deleted rows is written again; `fan_in` segments of
-    about one size become one, as long as it is not larger than `segment_rows`.
-    """
-    pieces: list[tuple[bool, SegmentPlan]] = []  # (is it to be written, what it holds)
-    for segment in segments:
-        dead = len(segment.deleted) / segment.num_rows
-        rows = OldRows(segment.name, segment.num_rows, segment.deleted)
-        if dead < 1:
-            pieces.append((dead > config.compact_share, SegmentPlan((rows,))))
-    for part in parts:
-        last = pieces[-1] if pieces else None
-        if last is not None and last[1].parts and last[1].num_rows + part.num_rows <= config.segment_rows:
-            pieces[-1] = (True, _joined(last[1], part))
-        else:
-            pieces.append((True, SegmentPlan(parts=(part,))))
-    while (group := _same_size(pieces, config)) is not None:
-        merged = SegmentPlan(
-            tuple(old for number in group for old in pieces[number][1].old),
-            tuple(part for number in group for part in pieces[number][1].parts),
-        )
-        pieces = [piece for number, piece in enumerate(pieces) if number not in group] + [(True, merged)]
-    kept = tuple(plan.old[0].name for written, plan in pieces if not written)
-    return kept, tuple(plan for written, plan in pieces if written)
-
-
-def _same_size(pieces: Sequence[tuple[bool, SegmentPlan]], config: BuildOptions) -> list[int] | None:
-    tiers: dict[int, list[int]] = {}
-    for number, (_, plan) in enumerate(pieces):
-        if plan.num_rows * config.fan_in <= config.segment_rows:
-            tiers.setdefault(int(math.log(max(plan.num_rows, 1), 4)), []).append(number)
-    return next((group for _, group in sorted(tiers.items()) if len(group) >= config.fan_in), None)
-
-
-def _cut(slices: Sequence[Slice], keep: np.ndarray, config: BuildOptions) -> tuple[Part, ...]:
-    total = len(keep)
-    if not keep.any():
-        return ()
-    count = max(min(config.min_parts, total), -(-total // config.rows_per_part))
-    edges = [round(total * number / count) for number in range(count + 1)]
-    starts = np.cumsum([0, *(piece.stop - piece.start for piece in slices)])
-    parts = []
-    for low, high in zip(edges, edges[1:], strict=False):  # noqa: RUF007
-        pieces = []
-        first_slice = max(int(np.searchsorted(starts, low, side="right")) - 1, 0)
-        for piece, start in zip(slices[first_slice:], starts[first_slice:], strict=False):
-            if start >= high:
-                break
-            first, last = max(low - start, 0), min(high - start, piece.stop - piece.start)
-            if first < last and keep[start + first : start + last].any():
-                pieces.append((replace(piece, start=int(first), stop=int(last)), keep[start + first : start + last]))
-        if pieces:
-            parts.append(Part(tuple(p for p, _ in pieces), np.concatenate([k for _, k in pieces])))
-    return tuple(parts)

@@ -33,6 +33,7 @@ from audiomae.search.index import (
 # the rows that may be found, of every segment of the release by its number; None: all
 Allowed = Sequence[Selection] | Mapping[int, Selection] | None
 WHOLE = (0, 1)
+FIRST_SIFTED = 16  # rows compared exactly for each hit wanted, before it is seen how many more may be hits
 
 
 class Candidates(NamedTuple):
@@ -41,6 +42,27 @@ class Candidates(NamedTuple):
     approximate: np.ndarray
     rows: np.ndarray
     scores: np.ndarray
+
+
+class Probe(NamedTuple):
+    """Numbers of lists to scan int64[Q, n] (-1 for none) and their similarity to the queries float32[Q, n]."""
+
+    lists: np.ndarray
+    similar: np.ndarray
+
+
+class Sieve(NamedTuple):
+    """Which rows may be among the k best although their codes say less.
+
+    Attributes:
+        last: the k-th score found before, which they have to beat, float32[Q, 1]; -inf for none.
+        margin: how much worse than it is a row may look by its code, float32[Q, 1].
+        most: how many rows are looked at, at most.
+    """
+
+    last: np.ndarray
+    margin: np.ndarray
+    most: int
 
 
 class Scans(Protocol):
@@ -55,10 +77,11 @@ class Scans(Protocol):
     def afresh(self) -> "Scans":
         """The same for one search, with nothing missing yet."""
 
-    def scan(
-        self, queries: np.ndarray, count: int, lists: np.ndarray, similar: np.ndarray, allowed: Allowed
-    ) -> Candidates:
-        """The `count` best rows in some lists (int64[Q, n] with their similarity float32[Q, n]) by their codes."""
+    def scan(self, queries: np.ndarray, count: int, probe: Probe, allowed: Allowed) -> Candidates:
+        """The `count` best rows in some lists by their codes."""
+
+    def sift(self, queries: np.ndarray, k: int, probe: Probe, sieve: Sieve, allowed: Allowed) -> Ranked:
+        """The k best rows in some lists: those that look best compared exactly, as far down as one may be a hit."""
 
     def walk(self, queries: np.ndarray, count: int, effort: int, allowed: Allowed) -> Candidates:
         """The `count` best rows that walks through the segments' graphs come by."""
@@ -171,17 +194,32 @@ class Scanner:
         """As `Scans.afresh`: nothing can be missing."""
         return self
 
-    def scan(
-        self, queries: np.ndarray, count: int, lists: np.ndarray, similar: np.ndarray, allowed: Allowed
-    ) -> Candidates:
+    def scan(self, queries: np.ndarray, count: int, probe: Probe, allowed: Allowed) -> Candidates:
         """As `Scans.scan`."""
         found = []
         for piece, selection in self._pieces(allowed):
             assert piece.segment.lists is not None
             most = min(count, piece.segment.num_rows)
-            scores, rows = piece.segment.lists.scan(queries, most, lists, similar, selection)
+            scores, rows = piece.segment.lists.scan(queries, most, *probe, selection)
             found.append((scores, piece.of_release(rows)))
         return self._candidates(queries, found, count)
+
+    def sift(self, queries: np.ndarray, k: int, probe: Probe, sieve: Sieve, allowed: Allowed) -> Ranked:
+        """As `Scans.sift`."""
+        found = []
+        for piece, selection in self._pieces(allowed):
+            assert piece.segment.lists is not None
+            most = min(sieve.most, piece.segment.num_rows)
+            approximate, rows = piece.segment.lists.scan(queries, most, *probe, selection)
+            scores, numbers = none(len(queries), k)
+            for query in range(len(queries)):
+                one = slice(query, query + 1)
+                left = rows[query][rows[query] >= 0]  # the best come first
+                limits = float(sieve.last[query, 0]), float(sieve.margin[query, 0])
+                sifted = _sift(piece.segment.store, queries[one], k, (approximate[query], left), limits)
+                scores[one], numbers[one] = padded(*sifted, k)
+            found.append((scores, piece.of_release(numbers)))
+        return best(found, k, len(queries))
 
     def walk(self, queries: np.ndarray, count: int, effort: int, allowed: Allowed) -> Candidates:
         """As `Scans.walk`."""
@@ -227,6 +265,25 @@ class Scanner:
         return Candidates(approximate, rows, scores)
 
 
+def _sift(
+    store: RowStore, query: np.ndarray, k: int, found: tuple[np.ndarray, np.ndarray], limits: tuple[float, float]
+) -> Ranked:
+    """The k best of rows int64[n] that come in the order of their approximate scores, each compared exactly.
+
+    They are compared in growing numbers, until the next one is more than a margin below the k-th score so far.
+    """
+    (approximate, rows), (last, margin) = found, limits
+    ranked = nothing(1)
+    done, until = 0, min(len(rows), FIRST_SIFTED * k)
+    while done < until:
+        mine = np.sort(rows[done:until])
+        ranked = best([ranked, store.search_rows(query, min(k, len(mine)), mine)], k, 1)
+        done = until
+        to_beat = max(last, float(ranked[0][0, -1]) if ranked[0].shape[1] == k else -np.inf) - margin
+        until = min(int(np.searchsorted(-approximate[: len(rows)], -to_beat, side="right")), 4 * done)
+    return ranked
+
+
 def best(found: Sequence[Ranked], k: int, queries: int) -> Ranked:
     """The k best of several rankings, rows -1 where there are none: float32[Q, k], int64[Q, k], or fewer columns."""
     if not found:
@@ -254,3 +311,19 @@ def open_segments(directories: Sequence[Path], quantiser: Quantiser | None, kind
     segments = [Segment(directory, quantiser, kind) for directory in directories]
     starts = np.cumsum([0, *(segment.num_rows for segment in segments)])
     return [Piece(number, int(starts[number]), segment) for number, segment in enumerate(segments)]
+
+
+def none(count: int, k: int) -> Ranked:
+    """The rankings of `count` queries that found nothing, padded to k places."""
+    return np.full((count, k), -np.inf, np.float32), np.full((count, k), -1, np.int64)
+
+
+def padded(scores: np.ndarray, rows: np.ndarray, k: int) -> Ranked:
+    """Rankings of at least k places, with row -1 and score -inf where there are no more."""
+    missing = k - rows.shape[1]
+    if missing <= 0:
+        return scores, rows
+    return (
+        np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf),
+        np.pad(rows, ((0, 0), (0, missing)), constant_values=-1),
+    )

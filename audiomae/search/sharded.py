@@ -3,7 +3,8 @@
 What is looked at is decided once, by the searcher of whoever asks, which has the quantiser, the items and the filters
 (`audiomae.search.searcher`). `Shards` is its scanner: every shard scans, walks or compares its own part and scores its
 candidates exactly, and what is best of all of them is kept by the rule by which one scanner would have kept it. So the
-hits are those of an undivided release, whichever way it is divided.
+hits are those of an undivided release, whichever way it is divided. (Where a filter leaves so many rows that lists are
+sifted, each shard compares what looks best in its own part, so that a divided release may find a hit more.)
 
 Segments go to shards whole where there are enough of them; larger ones are divided, by inverted lists for scanning and
 by rows for exact comparisons. A shard maps the files of the segments it has a part of, and reads its part of them.
@@ -25,7 +26,7 @@ from audiomae.artifacts import releases
 from audiomae.artifacts.releases import Release
 from audiomae.search.index import INDEX_FILE, LISTS_FILE, VECTORS_FILE, Ranked, Selection
 from audiomae.search.indexed import segment_folders, segment_rows
-from audiomae.search.scanning import Candidates, Piece, Scanner, Segment, best, top
+from audiomae.search.scanning import Candidates, Piece, Probe, Scanner, Segment, Sieve, best, top
 from audiomae.search.searcher import open_quantiser
 from audiomae.search.spec import IndexSpec
 
@@ -135,15 +136,21 @@ def answer(scanner: Scanner, question: Question) -> list[np.ndarray]:
     """
     numbers, arrays, allowed = question.numbers, question.arrays, question.allowed
     if question.operation == "scan":
-        lists, similar = arrays["lists"], arrays["similar"]
-        return [*scanner.scan(arrays["queries"], numbers["count"], lists, similar, allowed)]
+        probe = Probe(arrays["lists"], arrays["similar"])
+        return [*scanner.scan(arrays["queries"], numbers["count"], probe, allowed)]
+    if question.operation == "sift":
+        probe, sieve = (
+            Probe(arrays["lists"], arrays["similar"]),
+            Sieve(arrays["last"], arrays["margin"], numbers["most"]),
+        )
+        return [*scanner.sift(arrays["queries"], numbers["k"], probe, sieve, allowed)]
     if question.operation == "walk":
         return [*scanner.walk(arrays["queries"], numbers["count"], numbers["effort"], allowed)]
     if question.operation == "compare":
         return [*scanner.compare(arrays["queries"], numbers["k"], allowed)]
     if question.operation == "vectors":
         return [scanner.vectors(arrays["rows"])]
-    raise ValueError(f"operation {question.operation!r}: expected scan, walk, compare or vectors")
+    raise ValueError(f"operation {question.operation!r}: expected scan, sift, walk, compare or vectors")
 
 
 class Shards:
@@ -178,10 +185,16 @@ class Shards:
         other.missing = set()
         return other
 
-    def scan(self, queries: np.ndarray, count: int, lists: np.ndarray, similar: np.ndarray, allowed: Any) -> Candidates:
+    def scan(self, queries: np.ndarray, count: int, probe: Probe, allowed: Any) -> Candidates:
         """As `Scans.scan`."""
-        arrays = {"queries": queries, "lists": lists, "similar": similar}
+        arrays = {"queries": queries, **probe._asdict()}
         return self._candidates(Question("scan", {"count": count}, arrays), allowed, count)
+
+    def sift(self, queries: np.ndarray, k: int, probe: Probe, sieve: Sieve, allowed: Any) -> Ranked:
+        """As `Scans.sift`."""
+        arrays = {"queries": queries, **probe._asdict(), "last": sieve.last, "margin": sieve.margin}
+        found = self._ask_all(Question("sift", {"k": k, "most": sieve.most}, arrays), allowed)
+        return best([(scores, rows) for scores, rows in found], k, len(queries))
 
     def walk(self, queries: np.ndarray, count: int, effort: int, allowed: Any) -> Candidates:
         """As `Scans.walk`."""

@@ -2,7 +2,7 @@
 
 Recall@k here counts a hit as right when it is at least as near as the k-th exact neighbour: clips with equal vectors
 (silence, copies of one file) may stand in for one another. A query is itself in the index and never counts as its own
-hit; queries come from the ids that training never sees (`audiomae.search.build.held_out`).
+hit; queries come from the ids that training never sees (`audiomae.search.build_steps.held_out`).
 
 Filtered search is measured too: filters that leave from half to one in ten thousand rows, drawn at random or along the
 sound (whole neighbourhoods of lists, as a label or a recording site would), each asked for by queries inside and

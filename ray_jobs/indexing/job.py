@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from audiomae.artifacts.embeddings import EmbeddingSet, joined_precision
 from audiomae.artifacts.releases import Release
 from audiomae.cli import Progress
 from audiomae.errors import AudioMAEError, IntegrityError, UserError
+from audiomae.search import index as ann
 from audiomae.search.build import run_build, run_here
-from audiomae.search.build_plan import Part, Request, make_plan
+from audiomae.search.build_plan import make_plan
+from audiomae.search.plan import Part, Request
 from ray_jobs._cluster import Request as Resources
 from ray_jobs._cluster import notice_of_waiting
 from ray_jobs._ray import connect, in_cluster
@@ -26,6 +28,7 @@ from ray_jobs.configs import BuildConfig
 MAX_ID = 2**63 - 1
 TASK_RETRIES = 3
 ROWS_BUILT_HERE = 20_000  # are indexed in this process before a local Ray would have started
+GPU_STEPS = ("train", "lists")  # k-means and finding the nearest centroids, by `faiss` where it has a GPU
 
 
 def run(config: BuildConfig) -> Release:
@@ -67,19 +70,20 @@ def run(config: BuildConfig) -> Release:
 
 
 def run_tasks(label: str, step: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Run a step of the build as Ray tasks on any node, each with one CPU; results in the order of the calls."""
+    """Run a step of the build as Ray tasks on any node (`resources`); results in the order of the calls."""
     if not calls:
         return []
     import ray
 
     connect()
-    task = ray.remote(step).options(num_cpus=1, max_retries=TASK_RETRIES)
+    request = Resources(resources(label, ray.cluster_resources(), ann.can_use_gpus()))
+    task = ray.remote(step).options(**request.options, max_retries=TASK_RETRIES)
     references = [task.remote(*call) for call in calls]
     waiting, sizes = list(references), dict(zip(references, map(_size, calls), strict=True))
     try:
         unit = "rows" if isinstance(calls[0][0], Part) else "tasks"
         with (
-            notice_of_waiting(Resources({"CPU": 1}), len(calls)),
+            notice_of_waiting(request, len(calls)),
             Progress(label, sum(sizes.values()), unit) as progress,
         ):
             while waiting:
@@ -91,6 +95,15 @@ def run_tasks(label: str, step: Callable[..., Any], calls: Sequence[tuple[Any, .
         for reference in waiting:
             ray.cancel(reference)
         raise
+
+
+def resources(label: str, cluster: Mapping[str, float], gpu_build: bool) -> dict[str, float]:
+    """What one call of a step asks of Ray: a CPU, and a GPU where the cluster has one that FAISS can use for it.
+
+    Ray hides the GPUs from tasks that ask for none.
+    """
+    on_gpu = label in GPU_STEPS and gpu_build and cluster.get("GPU", 0) >= 1
+    return {"CPU": 1.0} | ({"GPU": 1.0} if on_gpu else {})
 
 
 def _size(call: tuple[Any, ...]) -> int:

@@ -15,10 +15,11 @@ from audiomae.artifacts import releases as release
 from audiomae.artifacts.receipts import FileEntry
 from audiomae.corpus.manifest import clip_id
 from audiomae.errors import IntegrityError, ReleaseConflictError
-from audiomae.search import build, segments
+from audiomae.search import build, build_steps, pieces, segments
 from audiomae.search import index as ann
 from audiomae.search.audio_index import AudioIndex
-from audiomae.search.build_plan import BuildPlan, Request, make_plan
+from audiomae.search.build_plan import make_plan
+from audiomae.search.plan import BuildPlan, Request
 from audiomae.search.spec import BuildOptions
 
 DIM, ROWS = 16, 2000
@@ -119,16 +120,16 @@ def test_the_number_of_parts_does_not_change_the_segment(tmp_path: Path) -> None
 
 
 def test_the_training_sample_has_no_held_out_id_and_no_row_twice(work: BuildPlan, tmp_path: Path) -> None:
-    place = build.Place(str(tmp_path / "index"), "000000")
+    place = pieces.Place(str(tmp_path / "index"), "000000")
     for part in work.parts:
-        build.write_rows(part, place)
+        build_steps.write_rows(part, place)
     folders = [tmp_path / "index" / place.part(part) for part in work.parts]
     ids = np.concatenate([np.load(folder / segments.IDS_FILE) for folder in folders])
     rows = np.concatenate([ann.RowStore(folder / ann.VECTORS_FILE).rows for folder in folders])
-    allowed = rows[~build.held_out(ids)]
-    assert 0 < build.held_out(ids).sum() < ROWS / 20
-    np.testing.assert_array_equal(build.sample(work.made, place, 10 * ROWS, seed=0), allowed)
-    some = build.sample(work.made, place, 300, seed=1)
+    allowed = rows[~build_steps.held_out(ids)]
+    assert 0 < build_steps.held_out(ids).sum() < ROWS / 20
+    np.testing.assert_array_equal(build_steps.sample(work.made, place, 10 * ROWS, seed=0), allowed)
+    some = build_steps.sample(work.made, place, 300, seed=1)
     assert len(some) == 300 == len(np.unique(some, axis=0))
     assert {row.tobytes() for row in some} <= {row.tobytes() for row in allowed}
 

@@ -15,8 +15,9 @@ from audiomae.corpus.manifest import clip_id
 from audiomae.errors import UserError
 from audiomae.search import index as ann
 from audiomae.search.audio_index import AudioIndex
-from audiomae.search.build_plan import BuildPlan, Request, make_plan
+from audiomae.search.build_plan import make_plan
 from audiomae.search.items import ItemsWriter
+from audiomae.search.plan import BuildPlan, Request
 from audiomae.search.spec import BuildOptions
 
 DIM = 16

@@ -145,8 +145,7 @@ def test_filters_leave_only_what_matches(
 
 
 def test_filter_with_many_matches_goes_through_the_lists(index: AudioIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searcher, "EXACT_MAX_ROWS", 10)
-    monkeypatch.setattr(searcher, "EXACT_ROW_COST", 1e9)
+    monkeypatch.setattr(searcher, "is_exact_cheaper", lambda *_: False)
     queries = clusters(20, DIM, seed=3)
     for low, high in ((0, 1500), (0, 200), (2500, 3000)):
         mask = (np.arange(ROWS) >= low) & (np.arange(ROWS) < high)

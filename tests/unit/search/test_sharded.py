@@ -154,5 +154,5 @@ def test_a_graph_stays_whole() -> None:
 
 
 def test_an_unknown_operation_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected scan, walk, compare or vectors"):
+    with pytest.raises(ValueError, match="expected scan, sift, walk, compare or vectors"):
         answer(Scanner([], DIM), Question("drop"))

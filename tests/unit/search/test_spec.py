@@ -11,11 +11,11 @@ from audiomae.search.spec import choose
     [
         (1, None, "", "flat"),
         (20_000, None, "", "flat"),
-        (20_001, None, "IVF512,RaBitQfs", "ivf"),
-        (1_000_000, None, "IVF4096,RaBitQfs", "ivf"),
+        (20_001, None, "IVF128,RaBitQfs", "ivf"),
+        (1_000_000, None, "IVF1024,RaBitQfs", "ivf"),
         (1_000_000, "Flat", "", "flat"),
         (1_000_000, "IVF100,SQ8", "IVF100,SQ8", "ivf"),
-        (1_000_000, "IVF,SQfp16", "IVF4096,SQfp16", "ivf"),
+        (1_000_000, "IVF,SQfp16", "IVF1024,SQfp16", "ivf"),
         (1_000, "HNSW32,SQ8", "HNSW32,SQ8", "hnsw"),
     ],
 )
@@ -29,9 +29,9 @@ def test_a_million_vectors_take_less_than_90_bytes_each() -> None:
 
 
 def test_choice_says_how_much_memory_it_needs() -> None:
-    with pytest.raises(UserError, match=r"need at least 0.07 GiB.*got --memory-gib 0.05"):
+    with pytest.raises(UserError, match=r"need at least 0.06 GiB.*got --memory-gib 0.05"):
         choose(1_000_000, 384, 0.05)
-    assert choose(1_000_000, 384, 0.1).factory == "IVF4096,RaBitQfs"
+    assert choose(1_000_000, 384, 0.1).factory == "IVF1024,RaBitQfs"
 
 
 @pytest.mark.parametrize("factory", ["IVF", "PQ8", "IVF0x,SQ8", "HNSW", "IVF16,SQ8,RFlat", ""])

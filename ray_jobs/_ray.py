@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from audiomae.cli import waiting
+from audiomae.errors import UserError
 
 if TYPE_CHECKING:
     from ray.data import DataContext
@@ -40,6 +41,14 @@ def connect(loading: Sequence[str] = ()) -> None:
     try:
         with waiting("starting Ray" if not os.environ.get("RAY_ADDRESS") else "joining the Ray cluster"):
             _init()
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray's own words; it raises a bare Exception
+            raise
+        raise UserError(
+            "Ray did not start on this machine within the half minute that it gives itself: the machine is too busy; "
+            "run the same command again when it has a core to spare, or start Ray once for all commands with "
+            "`ray start --head` and RAY_ADDRESS=auto"
+        ) from None
     finally:
         loader.join()
 
@@ -55,7 +64,6 @@ def _init() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
         return
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine needs more than the default of 30
     # Ray may create a token file for a local, loopback-only cluster that a later `ray job submit` would then lack.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # by the environment: with a runtime_env Ray would start other workers than those it has ready

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import soundfile
 
 from audiomae import s3
@@ -15,7 +16,7 @@ from audiomae.config import build_config
 from audiomae.errors import UserError
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from ray_jobs import build_index, embed_corpus, evaluate_retrieval, train
-from ray_jobs._ray import FALSE_ALARM, without_false_alarm
+from ray_jobs._ray import FALSE_ALARM, connect, without_false_alarm
 
 Main = Callable[[], int | None]
 
@@ -148,3 +149,13 @@ def test_rays_false_alarm_is_kept_from_a_good_run_and_nothing_else(capfd) -> Non
         print("three", file=sys.__stderr__)
     os.write(2, b"four\n")
     assert capfd.readouterr().err.split() == ["one", "two", "three", "four"]
+
+
+def test_a_ray_that_does_not_start_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")  # as Ray does
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    assert "Ray did not start" in said(lambda: connect(), capsys)

@@ -67,7 +67,7 @@ def embedded(tmp_path_factory, corpus):
         base / "good" / "encoder"
     )
     good = write_embeddings(base / "good" / "embeddings", corpus, 0.5, str(base / "good" / "encoder"))
-    write_embeddings(base / "bad" / "embeddings", corpus, 4.0)
+    write_embeddings(base / "bad" / "embeddings", corpus, 4.0, "bad/encoder")
     return base, good
 
 

@@ -332,6 +332,10 @@ class Quantiser:
         """
         similar = self.similarities(queries)
         count = min(nprobe, self.nlist)
+        if len(similar) == 1:
+            near = np.argpartition(similar[0], self.nlist - count)[self.nlist - count :]
+            near = near[np.argsort(-similar[0, near], kind="stable")]
+            return similar[:, near], near[None]
         lists = np.argpartition(similar, self.nlist - count, axis=1)[:, self.nlist - count :]
         order = np.argsort(-np.take_along_axis(similar, lists, axis=1), axis=1, kind="stable")
         lists = np.take_along_axis(lists, order, axis=1)

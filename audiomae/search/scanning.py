@@ -288,9 +288,13 @@ def best(found: Sequence[Ranked], k: int, queries: int) -> Ranked:
     """The k best of several rankings, rows -1 where there are none: float32[Q, k], int64[Q, k], or fewer columns."""
     if not found:
         return nothing(queries)
-    scores = np.concatenate([scores for scores, _ in found], axis=1)
-    rows = np.concatenate([rows for _, rows in found], axis=1)
-    scores[rows < 0] = -np.inf
+    if len(found) == 1:
+        scores, rows = found[0]
+        scores = np.where(rows < 0, np.float32(-np.inf), scores)
+    else:
+        scores = np.concatenate([scores for scores, _ in found], axis=1)
+        rows = np.concatenate([rows for _, rows in found], axis=1)
+        scores[rows < 0] = -np.inf
     highest, numbers = top(scores, k, rows, scores, rows)
     return highest, numbers
 
@@ -302,6 +306,9 @@ def nothing(queries: int) -> Ranked:
 
 def top(by: np.ndarray, k: int, rows: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
     """Of several arrays [Q, n] the k columns in which `by` is highest; of equals the lower row comes first."""
+    if len(by) == 1:  # what take_along_axis does, in a tenth of its time
+        order = np.lexsort((rows[0], -by[0]))[:k]
+        return tuple(column[:, order] for column in columns)
     order = np.lexsort((rows, -by), axis=1)[:, :k]
     return tuple(np.take_along_axis(column, order, axis=1) for column in columns)
 

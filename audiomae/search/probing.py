@@ -23,7 +23,7 @@ FEW_ROWS = 20_000  # so many matches are compared exactly without further though
 MISSED = 0.01  # of k: hits that may be expected in lists that are not looked at
 REFINE = 32  # candidates per hit at the first glimpse
 MAX_REFINE = 640  # and at the look, where up to so many rows match; fewer of larger crowds, whose best stand out:
-CROWD_ROWS = 50_000  # FAISS takes as long to rank a candidate as to compare it exactly
+CROWD_ROWS, CROWD_POWER = 50_000, 0.45  # FAISS takes as long to rank a candidate as to compare it exactly
 MARGIN = 2.0  # standard deviations of the codes' noise by which a hit may look worse than it is (1 in 44 looks worse)
 CODE_NOISE = 1.0  # of one-bit codes, in units of |x - c| |q - c| / sqrt(D) for a row x and a query q by a centroid c
 
@@ -120,7 +120,7 @@ class Probing:
         glimpse = self._look(queries, k, _first(probe, held, first), last, REFINE)
         # now that there is a k-th score to beat: all that is needed, the first lists again
         until = np.maximum(self._until(promise, held, glimpse[0]), first)
-        refine = MAX_REFINE * min(1.0, CROWD_ROWS / int(held.max())) ** 0.3
+        refine = MAX_REFINE * min(1.0, CROWD_ROWS / int(held.max())) ** CROWD_POWER
         return self._look(queries, k, _first(probe, held, until), glimpse[0][:, -1:], refine)
 
     def _look(self, queries: np.ndarray, k: int, lists: tuple[Probe, int], last: np.ndarray, refine: float) -> Ranked:

@@ -4,7 +4,6 @@ The processes are forked from a server that has imported everything, so that one
 of the build run in the process itself, without Ray: what is killed is the job and every step of it at once.
 """
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -82,6 +81,7 @@ def _run(argv: list[str], log: str, kill_after: int | None, effects: Any, barrie
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    from audiomae.cli import run_job
     from ray_jobs.build_index import main
     from ray_jobs.indexing import job
 
@@ -100,8 +100,12 @@ def _run(argv: list[str], log: str, kill_after: int | None, effects: Any, barrie
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    status = main(argv)
-    with contextlib.suppress(Exception):
+    status: Any = 1
+    try:
+        run_job(lambda: main(argv))
+    except SystemExit as ended:
+        status = ended.code
+    finally:  # without what multiprocessing would do to the descriptors
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)

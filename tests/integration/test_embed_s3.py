@@ -55,7 +55,7 @@ def test_a_bad_day_on_s3_and_a_killed_driver_lose_nothing(
     job.kill()
     job.wait()
     assert cluster.launch(*flags, log=log).wait(timeout=DEADLINE_S) == 0, log.read_text()[-3000:]
-    assert set(proxy.injected) == set(FAULTS) and sum(proxy.injected.values()) > 20
+    assert set(proxy.injected) == set(FAULTS) and sum(proxy.injected.values()) >= 16
     assert "files are embedded already and skipped" in log.read_text()
 
     local = embed_here(encoder, corpus, tmp_path / "local", window_s=2)

@@ -125,4 +125,4 @@ def test_ten_thousand_times_ten_thousand_items_would_still_be_bounded_shards() -
         pack(planning.build_items(listing(count), SETTINGS, list), None, 70_000).max() + 1
         for count in (50, 3000, 300_000)
     ]
-    assert sizes[0] == 1 and 20 <= sizes[1] <= 256 and 256 < sizes[2] < 2000
+    assert sizes[0] == 3 and 20 <= sizes[1] <= 256 and 256 < sizes[2] < 2000

@@ -157,9 +157,9 @@ def test_growth_and_another_choice_rebuild(tmp_path: Path) -> None:
     more = make_set(tmp_path / "b", clusters(1000, DIM, seed=1), names=names("b", 1000))
     work = plan(tmp_path / "index", [more], flat_max_rows=1500)
     assert work is not None and work.trains and [made.num_rows for made in work.made] == [2000]
-    assert work.reason == "rebuilds v000001: IVF64,RaBitQfs suits this size and memory, not an exhaustive scan"
+    assert work.reason == "rebuilds v000001: IVF32,RaBitQfs suits this size and memory, not an exhaustive scan"
     made = make_release(tmp_path / "index", [more], flat_max_rows=1500)
-    assert made is not None and made.info["spec"]["factory"] == "IVF64,RaBitQfs"
+    assert made is not None and made.info["spec"]["factory"] == "IVF32,RaBitQfs"
     work = plan(tmp_path / "index", [more], flat_max_rows=1500, index="IVF32,SQ8")
     assert work is not None and work.spec.factory == "IVF32,SQ8" and "was asked for" in work.reason
     with pytest.raises(UserError, match="need at least"):

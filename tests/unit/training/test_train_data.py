@@ -11,7 +11,7 @@ from audiomae.artifacts import features, receipts
 from audiomae.artifacts.features import FeatureStore, Segment
 from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.errors import ConfigError, IntegrityError
-from audiomae.training import items
+from audiomae.training import clips
 from audiomae.training.data import Loader
 from audiomae.training.recipe import DataConfig
 from audiomae.training.sampling import Sampler
@@ -199,25 +199,25 @@ LISTING = listing(
 
 
 def test_the_split_takes_the_same_share_of_every_class_and_is_stable():
-    table = items.build_items(clips_of(URIS), LISTING, DataConfig(val_fraction=0.2), seed=0)
+    table = clips.build_items(clips_of(URIS), LISTING, DataConfig(val_fraction=0.2), seed=0)
     held = {row["uri"] for row in table.to_pylist() if row["validation"]}
     assert sum(u.startswith("cat") for u in held) == 4 and sum(u.startswith("dog") for u in held) == 4
     fewer = LISTING.filter(pa.array([u != "dog/07" for u in URIS]))
-    again = items.build_items(clips_of(URIS), fewer, DataConfig(val_fraction=0.2), seed=0)
+    again = clips.build_items(clips_of(URIS), fewer, DataConfig(val_fraction=0.2), seed=0)
     assert len(held ^ {row["uri"] for row in again.to_pylist() if row["validation"]}) <= 2
-    other = items.build_items(clips_of(URIS), LISTING, DataConfig(val_fraction=0.2), seed=1)
+    other = clips.build_items(clips_of(URIS), LISTING, DataConfig(val_fraction=0.2), seed=1)
     assert held != {row["uri"] for row in other.to_pylist() if row["validation"]}
 
 
 def test_an_excluded_fold_is_neither_trained_on_nor_validated_on():
-    table = items.build_items(clips_of(URIS), LISTING, DataConfig(exclude={"fold": [1]}, val_fraction=0.25), seed=0)
+    table = clips.build_items(clips_of(URIS), LISTING, DataConfig(exclude={"fold": [1]}, val_fraction=0.25), seed=0)
     fold = dict(zip(URIS, LISTING["fold"].to_pylist(), strict=True))
     assert {fold[uri] for uri in table["uri"].to_pylist()} == {2, 3, 4, 5} and len(table) == 32
     assert sum(table["validation"].to_pylist()) == 8
 
 
 def test_a_fold_can_be_the_validation_set():
-    table = items.build_items(
+    table = clips.build_items(
         clips_of(URIS), LISTING, DataConfig(exclude={"fold": 1}, val_filter={"fold": "2"}), seed=0
     )
     fold = dict(zip(URIS, LISTING["fold"].to_pylist(), strict=True))
@@ -225,18 +225,18 @@ def test_a_fold_can_be_the_validation_set():
 
 
 def test_captions_come_from_the_listing_or_from_the_label():
-    table = items.build_items(clips_of(URIS), LISTING, DataConfig(), seed=0)
+    table = clips.build_items(clips_of(URIS), LISTING, DataConfig(), seed=0)
     captions = dict(zip(table["uri"].to_pylist(), table["caption"].to_pylist(), strict=True))
     assert captions["cat/00"] == "a meow" and captions["dog/00"] == "the sound of dog"
-    bare = items.build_items(clips_of(URIS), LISTING.select(["uri", "size", "content_id"]), DataConfig(), seed=0)
+    bare = clips.build_items(clips_of(URIS), LISTING.select(["uri", "size", "content_id"]), DataConfig(), seed=0)
     assert bare["caption"].null_count == bare["label"].null_count == 40
 
 
 def test_an_unknown_column_is_named_with_its_neighbour():
     with pytest.raises(ConfigError, match=r"data.exclude: the corpus has no column 'folds'; did you mean 'fold'"):
-        items.build_items(clips_of(URIS), LISTING, DataConfig(exclude={"folds": [1]}), seed=0)
+        clips.build_items(clips_of(URIS), LISTING, DataConfig(exclude={"folds": [1]}), seed=0)
 
 
 def test_numbered_labels_are_sorted_and_missing_ones_are_minus_one():
-    names, numbers = items.numbered(["b", None, "a", "b"])
+    names, numbers = clips.numbered(["b", None, "a", "b"])
     assert names.to_pylist() == ["a", "b"] and numbers.tolist() == [1, -1, 0, 1]

@@ -135,11 +135,11 @@ def autoscaler_gives(request: Request) -> bool | None:
     from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.core.generated import autoscaler_pb2 as messages
 
-    if not is_autoscaler_v2(fetch_from_server=True):
-        return None
     client = ray._raylet.GcsClient(  # type: ignore[attr-defined]
         ray.get_runtime_context().gcs_address
     )
+    if not is_autoscaler_v2(fetch_from_server=True, gcs_client=client):
+        return None
     waiting = ray.remote(_nothing).options(**request.options, max_retries=0).remote()
     wanted, asked = request.amounts, None
     deadline = time.monotonic() + AUTOSCALER_ANSWERS_S

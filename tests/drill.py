@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from embed_cluster import FAULTS, ROOT, worker_environment
 
-ROOT = Path(__file__).resolve().parent.parent
-FAULTS = ROOT / "tests" / "faults"
 MEMORY = 128 * 1024**2
 DEADLINE_S = 900.0  # a guard against hanging, no measure of speed
 
@@ -128,22 +127,17 @@ def three_nodes(folder: Path, delay_s: float) -> Iterator[Drill]:
     """A head and two workers whose only common ground is S3; a file takes `delay_s` longer to decode."""
     from ray.cluster_utils import Cluster
 
-    own = {"PYTHONPATH": f"{FAULTS}{os.pathsep}{ROOT}", "RAY_worker_niceness": "0"}
-    own |= {"AUDIOMAE_FAULT_DELAY_S": str(delay_s)}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
     disk = folder / "disk"
     disk.mkdir()
-    try:
+    with worker_environment(AUDIOMAE_FAULT_DELAY_S=str(delay_s)):
         args = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY}
         drill = Drill(Cluster(initialize_head=True, head_node_args=args), folder, disk)
-        drill.join()
-        drill.join()
-        yield drill
-    finally:
-        for job in drill.jobs:
-            job.kill()
-            job.wait()
-        drill.cluster.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        try:
+            drill.join()
+            drill.join()
+            yield drill
+        finally:
+            for job in drill.jobs:
+                job.kill()
+                job.wait()
+            drill.cluster.shutdown()

@@ -70,26 +70,37 @@ class EmbedCluster:
 
 
 @contextmanager
+def worker_environment(**more: str) -> Iterator[dict[str, str]]:
+    """While the block runs, what it starts has the tests' faults, Ray's workers at the usual priority, and `more`.
+
+    Ray gives its workers nice 15: on a machine that is busy otherwise they would starve.
+    """
+    own = {"PYTHONPATH": f"{FAULTS}{os.pathsep}{ROOT}", "RAY_worker_niceness": "0", **more}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield own
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
 def embed_cluster(environment: Mapping[str, str]) -> Iterator[EmbedCluster]:
     """The cluster, with `environment` in all its processes, for as long as the block runs."""
     from ray.cluster_utils import Cluster
 
-    # Ray gives its workers nice 15: on a machine that is busy otherwise they would starve
-    own = {"PYTHONPATH": f"{FAULTS}{os.pathsep}{ROOT}", "RAY_worker_niceness": "0", **environment}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
+    with worker_environment(**environment) as own:
         args = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 256 * 1024**2}
         cluster = EmbedCluster(own, Cluster(initialize_head=True, head_node_args=args))
-        cluster.add_node()
-        yield cluster
-    finally:
-        for job in cluster.jobs:
-            job.kill()
-            job.wait()
-        cluster.cluster.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        try:
+            cluster.add_node()
+            yield cluster
+        finally:
+            for job in cluster.jobs:
+                job.kill()
+                job.wait()
+            cluster.cluster.shutdown()
 
 
 def wait_until(condition: Callable[[], bool], what: str, job: subprocess.Popen[bytes] | None = None) -> None:

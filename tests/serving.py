@@ -4,10 +4,13 @@ import io
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -148,6 +151,18 @@ def kill(replica: str) -> None:
 
     actor = ray.get_actor(replica, namespace="serve")
     os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+
+
+def under_load(ask_until: Callable[[threading.Event], list[Any]], action: Callable[[], Any], clients: int) -> list[Any]:
+    """Every answer that `clients` got while `action` ran; each asks, in a thread of its own, until the event is set."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(clients) as pool:
+        waiting = [pool.submit(ask_until, stop) for _ in range(clients)]
+        try:
+            action()
+        finally:
+            stop.set()
+        return [answer for future in waiting for answer in future.result()]
 
 
 def as_file(samples: np.ndarray, rate: int = RATE, format: str = "WAV", subtype: str | None = None) -> bytes:

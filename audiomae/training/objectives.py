@@ -223,11 +223,6 @@ class Objective(nn.Module):
             return parts
 
 
-def _standard(tokens: Tensor) -> Tensor:
-    """Zero mean and unit deviation over the last axis."""
-    return F.layer_norm(tokens, tokens.shape[-1:])
-
-
 def _masked_backbone(encoder: AudioEncoder) -> AudioMAE:
     backbone = encoder.backbone
     assert isinstance(backbone, AudioMAE)

@@ -87,25 +87,23 @@ def test_three_kills_leave_no_trace(embeddings: list[str], tmp_path: Path) -> No
     assert Chaos(embeddings, tmp_path, str(tmp_path / "indexes"), seed=5).kill(3) >= 1
 
 
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder, or a bucket with a download cache of its own."""
+    monkeypatch.setenv("AUDIOMAE_CACHE", str(tmp_path / "cache"))
+    return str(tmp_path) if request.param == "disk" else s3_bucket
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("place", ["disk", "s3"])
-def test_twenty_kills_leave_no_trace(
-    embeddings: list[str], tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    monkeypatch.setenv("AUDIOMAE_CACHE", str(tmp_path / "cache"))
-    root = str(tmp_path / "indexes") if place == "disk" else f"{s3_bucket}/indexes"
-    assert Chaos(embeddings, tmp_path, root, seed=2026).kill(20) >= 2
+def test_twenty_kills_leave_no_trace(embeddings: list[str], tmp_path: Path, place: str) -> None:
+    assert Chaos(embeddings, tmp_path, f"{place}/indexes", seed=2026).kill(20) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("place", ["disk", "s3"])
-def test_of_eight_builds_at_once_one_wins(
-    embeddings: list[str], tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    monkeypatch.setenv("AUDIOMAE_CACHE", str(tmp_path / "cache"))
-    index = str(tmp_path / "index") if place == "disk" else f"{s3_bucket}/index"
+def test_of_eight_builds_at_once_one_wins(embeddings: list[str], tmp_path: Path, place: str) -> None:
+    index = f"{place}/index"
     sets = []
     for number in range(8):
         make_set(

@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from serving import (
     replicas,
     running_service,
     sound,
+    under_load,
 )
 
 from audiomae.artifacts import releases
@@ -343,18 +344,6 @@ def ask_until(service: Service, stop: threading.Event) -> list[tuple[int, str]]:
     return seen
 
 
-def under_load(service: Service, action: Callable[[], Any], clients: int = 3) -> list[tuple[int, str]]:
-    """Every answer that `clients` got while `action` ran."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(clients) as pool:
-        waiting = [pool.submit(ask_until, service, stop) for _ in range(clients)]
-        try:
-            action()
-        finally:
-            stop.set()
-        return [answer for future in waiting for answer in future.result()]
-
-
 def test_releases_swap_under_load_without_a_failed_request(service: Service) -> None:
     before = service.http.get("/release").json()
     second = publish_release(service.index, service.corpus, make_encoder(seed=1), service.work / "second")
@@ -365,7 +354,7 @@ def test_releases_swap_under_load_without_a_failed_request(service: Service) -> 
             assert reply.status_code == 200, reply.text
             assert service.search(CLIP).json()["release"] == reply.json()["version"]
 
-    answers = under_load(service, swap)
+    answers = under_load(partial(ask_until, service), swap, clients=3)
     assert {status for status, _ in answers} == {200}
     assert {release for _, release in answers} == {before["version"], second.version}
     after = service.http.get("/release").json()
@@ -403,7 +392,7 @@ def test_a_killed_replica_fails_no_request(service: Service, deployment: str) ->
         assert not before & replicas(deployment)
 
     serving = service.http.get("/release").json()["version"]
-    assert set(under_load(service, kill)) == {(200, serving)}
+    assert set(under_load(partial(ask_until, service), kill, clients=3)) == {(200, serving)}
 
 
 def test_a_damaged_release_is_refused_and_the_old_one_serves_on(service: Service) -> None:
@@ -427,7 +416,7 @@ def test_a_choice_of_release_survives_a_deployment_of_a_changed_config(service: 
     older = "v000001"
     assert latest != older and service.reload(older).status_code == 200
     args = {"index": str(service.index), "encoder_threads": 1, "request_timeout_s": PATIENCE_S, "max_audio_s": 20}
-    answers = under_load(service, lambda: serve.run(build(args), name="search"))
+    answers = under_load(partial(ask_until, service), lambda: serve.run(build(args), name="search"), clients=3)
     assert {release for status, release in answers if status == 200} == {older}
     assert service.http.get("/release").json()["version"] == older
     assert service.search(as_file(np.zeros(25 * 8000), 8000)).json()["code"] == "audio_too_long"

@@ -1,10 +1,10 @@
 """A release over several shards, as a client sees it: real HTTP, real Ray Serve, processes that are killed."""
 
+import functools
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from serving import (
     replicas,
     running_service,
     sound,
+    under_load,
 )
 
 from audiomae.client import AudioClient
@@ -128,18 +129,6 @@ def ask_until(service: Service, stop: threading.Event) -> list[dict[str, Any]]:
     return seen
 
 
-def under_load(service: Service, action: Callable[[], Any], clients: int = 2) -> list[dict[str, Any]]:
-    """Every answer that `clients` got while `action` ran."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(clients) as pool:
-        waiting = [pool.submit(ask_until, service, stop) for _ in range(clients)]
-        try:
-            action()
-        finally:
-            stop.set()
-        return [answer for future in waiting for answer in future.result()]
-
-
 def until(condition: Callable[[], bool]) -> None:
     """Look again and again."""
     end = time.monotonic() + PATIENCE_S
@@ -166,7 +155,7 @@ def test_a_killed_shard_is_missing_until_it_is_replaced(service: Service) -> Non
         until(lambda: not missing())
         assert before not in replicas("Shard1")
 
-    answers = under_load(service, lose)
+    answers = under_load(functools.partial(ask_until, service), lose, clients=2)
     assert {answer["status"] for answer in answers} == {200}
     partial = [answer for answer in answers if answer["partial"]]
     assert partial and {tuple(answer["missing"]) for answer in partial} == {("Shard1",)}
@@ -188,7 +177,7 @@ def test_a_release_is_swapped_in_all_shards_under_load(service: Service) -> None
             found = service.http.post("/search", files={"file": ("query", CLIP)}, data={"k": 12}).json()
             assert (found["release"], found["partial"]) == (reply.json()["version"], False)
 
-    answers = under_load(service, swap)
+    answers = under_load(functools.partial(ask_until, service), swap, clients=2)
     assert {(answer["status"], answer["partial"]) for answer in answers} == {(200, False)}
     assert {answer["release"] for answer in answers} == {before, second.version}
 

@@ -142,17 +142,20 @@ class ShardCache:
                     if attempt == ATTEMPTS - 1:
                         raise
                     continue
-                reserve.replace(path)
+                with _locked(self.folder / "room.lock"):  # renamed while it is being counted, it would count as nothing
+                    reserve.replace(path)
                 return
         finally:
             reserve.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Remove the shards used least recently until `size` more bytes fit."""
+        """Remove the shards used least recently until `size` more bytes fit, and what killed processes left behind."""
         files = []
         for item in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # another thread or process has just renamed or removed it
-                if item.suffix in (".npy", ".coming"):
+            with suppress(FileNotFoundError):  # another thread or process has just given it up
+                if item.suffix in (".coming", ".tmp") and self._is_left_over(item):
+                    item.unlink()
+                elif item.suffix in (".npy", ".coming"):
                     files.append((item.stat(), item))
         taken = sum(stat.st_size for stat, _ in files)
         kept = sorted((stat.st_mtime, item.name, stat.st_size, item) for stat, item in files if item.suffix == ".npy")
@@ -161,6 +164,16 @@ class ShardCache:
                 return
             item.unlink(missing_ok=True)
             taken -= bytes_freed
+
+    def _is_left_over(self, item: Path) -> bool:
+        """Whether nobody fetches this half-fetched shard any more: the lock of its shard is free."""
+        stem = item.name.lstrip(".").split(".")[0]
+        with (self.folder / f"{stem}.npy.lock").open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
 
 
 def read_receipt(cache: Location, index: int) -> Receipt:

@@ -1,5 +1,6 @@
 """Training from a cache that does not fit: the order, what each node fetches, and that damage is noticed."""
 
+import fcntl
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,37 @@ def test_a_small_disk_is_enough_and_each_node_fetches_its_share(remote: str, tmp
     assert sorted(seen) == list(range(SHARDS * CLIPS))
     # each lane's ends may lie inside a shard, so that two lanes need it
     assert fetched <= 1.2 * SHARDS * shard_bytes / workers + 3 * shard_bytes
+
+
+def test_a_shard_takes_its_place_only_while_nobody_counts(
+    remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, renamed = Path.replace, []
+
+    def watched(self: Path, target: Path) -> Path:
+        with (tmp_path / "room.lock").open("ab") as room, pytest.raises(BlockingIOError):
+            fcntl.flock(room, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        renamed.append(target.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    ShardCache(remote, 1.0, tmp_path).get(3)
+    assert renamed == ["shard-00003.npy"]
+
+
+def test_what_a_killed_process_left_half_way_goes(remote: str, tmp_path: Path) -> None:
+    shard_bytes = int(to_path(remote + "/shard-00000.npy").stat().st_size)
+    left = ["shard-00005.npy.coming", ".shard-00005.npy.coming.0a1b.tmp"]
+    coming = ["shard-00006.npy.coming", ".shard-00006.npy.coming.2c3d.tmp"]
+    for name in left + coming:
+        (tmp_path / name).write_bytes(bytes(shard_bytes))
+    with (tmp_path / "shard-00006.npy.lock").open("ab") as fetching:
+        fcntl.flock(fetching, fcntl.LOCK_EX)
+        cache = ShardCache(remote, 2 * shard_bytes / GIB, tmp_path)
+        for shard in (0, 1):
+            cache.get(shard)
+        there = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
+    assert there == {"shard-00001.npy", *coming}  # room for one beside the one that another process fetches
 
 
 def test_a_cache_too_small_for_what_is_read_at_a_time_is_said() -> None:

@@ -73,9 +73,7 @@ def compose(args: ServeArgs, release: releases.Release) -> serve.Application:
         )
         .bind(args, version)
     )
-    shared = SharedVersion(args.index, args.version, version)
-    if not front.is_running("Api"):
-        shared.forget()
+    shared = SharedVersion(args.index, args.version, version, front.instance())
     count = args.index_shards or front.shards_needed(release)
     shards = [shard(args, number, count, shared) for number in range(count)] if count > 1 else []
     return (

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from audiomae.artifacts.releases import Release
 from audiomae.search.indexed import segment_rows
@@ -90,15 +91,10 @@ def shards_needed(release: Release) -> int:
     return max(1, parts if node_types() else min(parts, len(memory)))
 
 
-def is_running(deployment: str) -> bool:
-    """Whether some application of this cluster's Serve has a deployment of this name."""
-    if not ray.is_initialized():
-        return False
-    try:
-        applications = serve.status().applications.values()
-    except Exception:  # no Serve yet
-        return False
-    return any(deployment in application.deployments for application in applications)
+def instance() -> str:
+    """Which run of Serve this is: its controller keeps its id until Serve is shut down, restarts of it included."""
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    return controller._actor_id.hex()
 
 
 def refuse_taken_port(host: str, port: int) -> None:

@@ -42,17 +42,18 @@ class SharedVersion:
     """The version chosen by the last reload, in the cluster's key-value store.
 
     It outlives every replica, so one that starts later (autoscaling, a crash, a deployment of a changed config) serves
-    what its siblings serve. The choice holds for one index and one configured version: who deploys another of either
-    means that one.
+    what its siblings serve. The choice holds for one index and one configured version in one run of Serve: who deploys
+    another of either means that one, and who shuts Serve down starts afresh.
 
     Args:
         index: where the releases are.
         configured: the version in the arguments, a name or "latest".
         initial: what `configured` means when the application is built.
+        instance: the run of Serve.
     """
 
-    def __init__(self, index: str, configured: str, initial: str) -> None:
-        self._key = f"audiomae-serve-version/{storage.sha256_bytes(f'{index} {configured}'.encode())}"
+    def __init__(self, index: str, configured: str, initial: str, instance: str) -> None:
+        self._key = f"audiomae-serve-version/{storage.sha256_bytes(f'{index} {configured} {instance}'.encode())}"
         self._initial = initial
 
     def get(self) -> str:
@@ -63,10 +64,6 @@ class SharedVersion:
     def set(self, version: str) -> None:
         """Choose `version` for all replicas."""
         internal_kv._internal_kv_put(self._key, version.encode(), overwrite=True)
-
-    def forget(self) -> None:
-        """Go back to what the arguments say."""
-        internal_kv._internal_kv_del(self._key)
 
 
 def mismatch(release: releases.Release, fingerprint: str) -> IntegrityError:

@@ -18,7 +18,7 @@ import soundfile
 from audiomae.artifacts.tables import EmbedSettings
 from audiomae.corpus.manifest import list_corpus
 from audiomae.embedding.listing import Listing
-from audiomae.embedding.plan import new_plan
+from audiomae.embedding.plan import PlanRequest, new_plan
 from audiomae.embedding.preflight import check
 
 RATE, SECONDS, SOURCES = 44_100, 5, 64
@@ -54,9 +54,7 @@ def main() -> None:
         corpus = list_corpus(str(source))
         listing = Listing(corpus.batches())
         listed = time.perf_counter()
-        new_plan(
-            str(out), listing, settings, lambda uris: [None] * len(uris), encoder="e", corpus="c", root=corpus.root
-        )
+        new_plan(str(out), listing, settings, lambda uris: [None] * len(uris), PlanRequest("e", "c", corpus.root))
         planned = time.perf_counter()
         report = check(corpus.root, listing.table(), settings, corpus.notes)
         checked = time.perf_counter()

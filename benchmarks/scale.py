@@ -40,7 +40,7 @@ from audiomae.artifacts.receipts import FileEntry, Receipt
 from audiomae.artifacts.tables import EmbedSettings
 from audiomae.corpus.manifest import list_corpus
 from audiomae.embedding.listing import Listing
-from audiomae.embedding.plan import load_plan, new_plan
+from audiomae.embedding.plan import PlanRequest, load_plan, new_plan
 from audiomae.storage import list_names
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=4, sample_rate=16_000, mode="windows", window_s=5, hop_s=5)
@@ -84,7 +84,7 @@ def plan(listing: str, out: str) -> dict[str, Any]:
     corpus = list_corpus(listing)
     listed = Listing(corpus.batches())
     gathered = time.perf_counter()
-    made = new_plan(out, listed, SETTINGS, no_probe, encoder="null", corpus=listing, root=corpus.root)
+    made = new_plan(out, listed, SETTINGS, no_probe, PlanRequest("null", listing, corpus.root))
     ended = time.perf_counter()
     return {
         "list_s": gathered - began,
@@ -228,9 +228,7 @@ def engine(shards: int) -> dict[str, Any]:
             }
         )
         out = f"{folder}/out"
-        made = new_plan(
-            out, Listing([table]), settings, no_probe, encoder="e", corpus="c", root=folder, shard_cost_s=1.0
-        )
+        made = new_plan(out, Listing([table]), settings, no_probe, PlanRequest("e", "c", folder, shard_cost_s=1.0))
         config = EmbedConfig(encoder=f"{folder}/encoder", corpus=folder, out=out)
         ray.init(
             address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING

@@ -148,7 +148,7 @@ def _add_id_route(app: FastAPI, service: SearchService, metrics: ApiMetrics) -> 
     @app.get(
         "/search/id/{clip}", tags=["search"], response_model=SearchResponse, responses=responses(404, 422, 431, *GATED)
     )
-    async def search_id(
+    async def search_id(  # noqa: PLR0913 (FastAPI takes one for each query parameter)
         request: Request,
         clip: int,
         k: K = DEFAULT_K,

@@ -123,7 +123,7 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
     from audiomae.corpus.manifest import list_corpus
     from audiomae.embedding.decoding import EmbedJob
     from audiomae.embedding.listing import Listing
-    from audiomae.embedding.plan import new_plan
+    from audiomae.embedding.plan import PlanRequest, new_plan
     from audiomae.embedding.stages import FusedStage
     from audiomae.model.encoder import AudioEncoder
     from ray_jobs.configs import EmbedConfig
@@ -133,8 +133,8 @@ def embed_here(encoder: Path, corpus: Path, out: Path, window_s: float) -> Path:
     config = EmbedConfig(encoder=str(encoder), corpus=str(corpus), out=str(out), window_s=window_s)
     settings, _ = embed_settings(config, model, None, [])
     listing = Listing(listed.batches())
-    named = {"encoder": str(encoder), "corpus": str(corpus), "root": listed.root}
-    plan = new_plan(out, listing, settings, lambda uris: [None] * len(uris), **named)
+    request = PlanRequest(str(encoder), str(corpus), listed.root)
+    plan = new_plan(out, listing, settings, lambda uris: [None] * len(uris), request)
     job = EmbedJob(out=str(out), encoder=str(encoder), root=listed.root, settings=settings, manifest=plan.manifest_hash)
     threads = torch.get_num_threads()
     stage = FusedStage(job)  # sets the threads of this process

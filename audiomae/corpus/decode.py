@@ -111,7 +111,7 @@ def decode(
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def iter_windows(
+def iter_windows(  # noqa: PLR0913 (independent options of one call)
     source: Any,
     sample_rate: int,
     window_s: float,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -191,21 +191,33 @@ class Packer:
             yield items, shards
 
 
+class PlanRequest(NamedTuple):
+    """What a plan is made for, in the words of whoever asked for it.
+
+    Attributes:
+        encoder, corpus: as given to the job.
+        root: what the uris of the listing are relative to.
+        shard_cost_s: how many seconds of audio a shard holds; None = as suits their number.
+        windowing: why the windows are as long as they are.
+    """
+
+    encoder: str
+    corpus: str
+    root: str
+    shard_cost_s: float | None = None
+    windowing: str | None = None
+
+
 def new_plan(
     out: str | UPath,
     listing: Listing,
     settings: EmbedSettings,
     probe: Probe,
-    *,
-    encoder: str,
-    corpus: str,
-    root: str,
-    shard_cost_s: float | None = None,
-    windowing: str | None = None,
+    request: PlanRequest,
 ) -> Plan:
     """Plan a first run and put it in force (or return the one that another driver put in force first)."""
     writer = ItemsWriter(out, 0)
-    packer = Packer(shard_cost_s)
+    packer = Packer(request.shard_cost_s)
     manifest = ManifestHash()
     for part in listing.partitions():
         manifest.update(hashed_columns(part))
@@ -216,13 +228,13 @@ def new_plan(
     plan = Plan(
         generation=0,
         settings=settings,
-        encoder=encoder,
-        corpus=corpus,
-        corpus_root=root,
+        encoder=request.encoder,
+        corpus=request.corpus,
+        corpus_root=request.root,
         manifest_hash=manifest.hexdigest(),
         files=[],
         shards=[],
-        windowing=windowing,
+        windowing=request.windowing,
     )
     return writer.publish(plan)
 

@@ -5,7 +5,6 @@ that lost or relabelled rows gets a new name and a `base` shard, from which `cop
 and changed files go into new shards. Rows of files that are gone are written to `vanished/`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from audiomae.embedding.plan import (
     ItemsWriter,
     Packer,
     Plan,
+    PlanRequest,
     Probe,
     ShardEntry,
     build_items,
@@ -49,21 +49,22 @@ from audiomae.storage import to_path
 
 
 class Difference(StrictConfig):
-    """How a corpus listing differs from the manifest in force (lists of uris)."""
+    """How a corpus listing differs from the manifest in force (lists of uris), and what is to be tried again."""
 
     new: list[str] = []
     changed: list[str] = []
     vanished: list[str] = []
     relabelled: list[str] = []
     columns: str = ""
+    failed: list[str] = []
 
     def __bool__(self) -> bool:
-        return bool(self.new or self.changed or self.vanished or self.relabelled or self.columns)
+        return any(bool(value) for _, value in self)
 
     def describe(self) -> str:
         """One line a person can act on."""
         kinds = {"new": self.new, "changed": self.changed, "vanished": self.vanished}
-        kinds["with other columns"] = self.relabelled
+        kinds |= {"with other columns": self.relabelled, "that failed before": self.failed}
         parts = [f"{len(uris):,} {kind} (e.g. {uris[0]})" for kind, uris in kinds.items() if uris]
         return "; ".join(parts + ([self.columns] if self.columns else []))
 
@@ -118,22 +119,16 @@ def updated_plan(
     plan: Plan,
     listing: Listing,
     probe: Probe,
-    *,
-    changes: Difference | None = None,
-    redo: Sequence[str] = (),
-    encoder: str,
-    corpus: str,
-    root: str,
-    shard_cost_s: float | None = None,
+    request: PlanRequest,
+    diff: Difference,
 ) -> Plan:
-    """The next generation: new, changed and `redo` files go into new shards, everything else keeps its embeddings.
+    """The next generation: new, changed and failed files go into new shards, everything else keeps its embeddings.
 
     Shards that keep all their rows stay in the items files they are in: what is written is in proportion to the change.
     """
-    diff = difference(out, plan, listing) if changes is None else changes
     generation = plan.generation + 1
-    todo = pa.array(sorted({*diff.new, *diff.changed, *redo}), pa.string())
-    dropped = pa.array(sorted({*diff.changed, *diff.vanished, *redo}), pa.string())
+    todo = pa.array(sorted({*diff.new, *diff.changed, *diff.failed}), pa.string())
+    dropped = pa.array(sorted({*diff.changed, *diff.vanished, *diff.failed}), pa.string())
     touched = _shards_of(out, plan, pa.array(sorted({*dropped.to_pylist(), *diff.relabelled}), pa.string()))
     losing = _shards_of(out, plan, pa.array(sorted(diff.vanished), pa.string()))
     if diff.columns:
@@ -150,7 +145,7 @@ def updated_plan(
             shards = np.full(items.num_rows, number)
             writer.write(_with_columns_of(listing, items), shards, {number: bases[entry.name]})
 
-    manifest, packer = ManifestHash(), Packer(shard_cost_s)
+    manifest, packer = ManifestHash(), Packer(request.shard_cost_s)
     for part in listing.partitions():
         manifest.update(hashed_columns(part))
         fresh = part.filter(pc.is_in(part["uri"], todo))
@@ -162,9 +157,9 @@ def updated_plan(
     next_plan = plan.model_copy(
         update={
             "generation": generation,
-            "encoder": encoder,
-            "corpus": corpus,
-            "corpus_root": root,
+            "encoder": request.encoder,
+            "corpus": request.corpus,
+            "corpus_root": request.root,
             "manifest_hash": manifest.hexdigest(),
             "vanished": _write_vanished(
                 out,

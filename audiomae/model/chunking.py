@@ -38,7 +38,7 @@ class Backbone(Protocol):
     ) -> EncoderOutput: ...
 
 
-def encode_long(
+def encode_long(  # noqa: PLR0913 (the options of AudioEncoder, passed through)
     backbone: Backbone,
     x: Tensor,
     frame_lengths: Tensor | None = None,

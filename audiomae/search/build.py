@@ -195,8 +195,8 @@ class _Build:
         blocks = [(task, place, work.deleted, queries, block) for block in tuning.blocks(task)]
         answers = tuning.join(self.run("exact answers", build_measure.exact_block, blocks))
         found: Recall
-        for check_only in (True, False) if small else (False,):
-            call = (task, place, work.deleted, queries, answers, config.recall, check_only)
+        for target in (None, config.recall) if small else (config.recall,):
+            call = (task, place, work.deleted, queries, answers, target)
             (found,) = self.run("recall", build_measure.tune, [call])
             if found.value >= config.recall:
                 break

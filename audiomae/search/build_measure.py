@@ -16,6 +16,7 @@ from audiomae.search.build_steps import held_out
 from audiomae.search.items import ItemsTable
 from audiomae.search.layout import MAP_FILE, write_map
 from audiomae.search.pieces import Place, each_local, local_copy
+from audiomae.search.searcher import Searcher
 from audiomae.search.tuning import Block, Queries, Recall, Task
 
 
@@ -38,12 +39,11 @@ def tune(
     deleted: np.ndarray,
     queries: Queries,
     answers: list[np.ndarray],
-    target: float,
-    check_only: bool,
+    target: float | None,
 ) -> Recall:
-    """Search settings that reach the target, or whether those in force still do."""
+    """Search settings that reach the target; without one, what those in force reach."""
     with _release(task, place, None) as (folders, trained), ann.threads(os.cpu_count() or 1):
-        return tuning.tune(task, folders, trained, deleted, queries, answers, target, check_only)
+        return tuning.tune(Searcher.open(folders, trained, task.spec), task.spec, deleted, queries, answers, target)
 
 
 @contextmanager

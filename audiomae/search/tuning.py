@@ -195,33 +195,32 @@ def join(found: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
 
 
 def tune(
-    task: Task,
-    folders: Sequence[Path],
-    trained: Path | None,
+    searcher: Searcher,
+    spec: IndexSpec,
     deleted: np.ndarray,
     queries: Queries,
     answers: Sequence[np.ndarray],
-    target: float,
-    check_only: bool,
+    target: float | None,
 ) -> Recall:
     """The first settings that reach `target`, or the best there are; then how cautious filters have to be.
+
+    Without a target it is said what those of `spec` reach.
 
     The number of probed lists is doubled until the target is met; when that no longer helps, twice as many candidates
     are rescored and it starts over.
     """
-    searcher = Searcher.open(folders, trained, task.spec)
     probe = _Probe(searcher, deleted, queries, answers)
-    found = _tune_unfiltered(probe, task.spec, target, check_only)
-    if check_only or task.spec.kind != "ivf" or not queries.filters:
+    found = _tune_unfiltered(probe, spec, target)
+    if target is None or spec.kind != "ivf" or not queries.filters:
         return found
     return _tune_filtered(probe, found)
 
 
-def _tune_unfiltered(probe: "_Probe", spec: IndexSpec, target: float, check_only: bool) -> Recall:
+def _tune_unfiltered(probe: "_Probe", spec: IndexSpec, target: float | None) -> Recall:
     count = len(probe.queries.own)
     if probe.k < 1:
         return Recall(1.0, 0, spec)
-    if check_only or spec.kind == "flat":
+    if target is None or spec.kind == "flat":
         return Recall(probe.recall(spec), count, spec)
     best, tried = Recall(0.0, count, spec), []
     for trial, value in _trials(probe, spec, target):

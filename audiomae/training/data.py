@@ -13,6 +13,8 @@ from audiomae.artifacts.features import FeatureStore
 from audiomae.artifacts.shard_cache import GIB
 from audiomae.training.sampling import Sampler
 
+DEPTH = 4  # batches read ahead
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -67,10 +69,9 @@ class Loader:
         crops: Sequence[int],
         rank: int,
         world_size: int,
-        depth: int = 4,
     ) -> None:
         self.store, self.sampler, self.frames, self.crops = store, sampler, frames, np.asarray(crops)
-        self.rank, self.world_size, self.depth = rank, world_size, depth
+        self.rank, self.world_size = rank, world_size
         self.waited_s = 0.0
 
     def read(self, step: int) -> Batch:
@@ -97,7 +98,7 @@ class Loader:
 
     def batches(self, first_step: int, end_step: int) -> Generator[Batch]:
         """Batches of steps `first_step` to `end_step - 1`, read ahead."""
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(self.depth)
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(DEPTH)
         stop = threading.Event()
 
         def put(item: Batch | BaseException) -> None:

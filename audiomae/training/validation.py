@@ -30,7 +30,7 @@ class Validator:
         labels: int64[N] class or `UNLABELLED`. Without any label a clip's first half looks for its second half.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (parts of a run that nothing else puts together)
         self,
         store: FeatureStore,
         validation: npt.NDArray[np.bool_],

@@ -37,7 +37,7 @@ def sample_rate_of(unit: Mapping[str, Any]) -> int:
     return build_config(Recipe, unit["config"]).encoder.features.sample_rate
 
 
-def run_unit(
+def run_unit(  # noqa: PLR0913 (a Ray task: Ray resolves references only among the arguments themselves)
     unit: Mapping[str, Any],
     out: str,
     listing: pa.Table,

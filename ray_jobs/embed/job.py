@@ -21,7 +21,7 @@ from audiomae.corpus.manifest import Corpus, ReadAs, list_corpus
 from audiomae.corpus.survey import sampled_durations
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.listing import Listing
-from audiomae.embedding.plan import Plan, load_plan, new_plan
+from audiomae.embedding.plan import Plan, PlanRequest, load_plan, new_plan
 from audiomae.embedding.preflight import as_text, check
 from audiomae.embedding.update import copy_shard, difference, updated_plan
 from audiomae.embedding.windowing import Windowing, fitting_windows
@@ -192,14 +192,9 @@ def plan_in_force(
         return probe_durations(corpus.root, uris)
 
     shard_s = config.shard_minutes and config.shard_minutes * 60
-    named: dict[str, Any] = {
-        "encoder": config.encoder,
-        "corpus": config.corpus,
-        "root": corpus.root,
-        "shard_cost_s": shard_s,
-    }
+    request = PlanRequest(config.encoder, config.corpus, corpus.root, shard_s, windowing)
     if plan is None:
-        return new_plan(config.out, listing, settings, probe, windowing=windowing, **named)
+        return new_plan(config.out, listing, settings, probe, request)
     refuse_other_settings(config.out, plan.settings, settings)
     changes = difference(config.out, plan, listing)
     moved = plan.corpus_root != corpus.root
@@ -209,11 +204,12 @@ def plan_in_force(
             f"{config.out}: the corpus is not the one that was embedded here: {what}; add --update to embed "
             "what is new or changed and drop what vanished, or choose another --out"
         )
-    redo = failed_uris(config.out) if config.retry_failed else []
-    if not (changes or moved or redo):
+    if config.retry_failed:
+        changes = changes.model_copy(update={"failed": failed_uris(config.out)})
+    if not (changes or moved):
         return plan
-    print(f"updating the plan: {changes.describe() or f'{len(redo):,} failed files again'}")
-    return updated_plan(config.out, plan, listing, probe, changes=changes, redo=redo, **named)
+    print(f"updating the plan: {changes.describe() or f'its root is {corpus.root} now'}")
+    return updated_plan(config.out, plan, listing, probe, request, changes)
 
 
 def refuse_other_settings(out: str, old: EmbedSettings, new: EmbedSettings) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,7 +48,8 @@ def run(config: EvaluateConfig) -> Evaluation:
         warned = cautions(runs[0], trained_files(sets[0].encoder))
     except (ColumnError, ValueError) as error:
         raise UserError(str(error)) from None
-    metrics = _write(out, runs, comparisons, sets[0], [*warned, *notes, *skipped], config, inputs)
+    found = Findings(runs, comparisons, [*warned, *notes, *skipped])
+    metrics = _write(out, found, sets[0], config, inputs)
     _print_table([run.as_dict() for run in runs])
     for line in warned:
         print(f"caution: {line}")
@@ -163,18 +164,21 @@ def _encoder_config(encoder: str, notes: list[str]) -> dict[str, Any] | None:
         return None
 
 
+class Findings(NamedTuple):
+    """What is told of an evaluation: the run itself first, how the others compare with it, and what to know of both."""
+
+    runs: Sequence[RunResult]
+    comparisons: list[dict[str, Any]]
+    notes: list[str]
+
+
 def _write(
-    out: Any,
-    runs: Sequence[RunResult],
-    comparisons: list[dict[str, Any]],
-    embeddings: EmbeddingSet,
-    notes: list[str],
-    config: EvaluateConfig,
-    inputs: str,
+    out: Any, findings: Findings, embeddings: EmbeddingSet, config: EvaluateConfig, inputs: str
 ) -> dict[str, Any]:
     """Pictures, report, metrics.json, and last the receipt; returns what metrics.json holds."""
     from audiomae.evaluation.report import corpus_reader, draw_plots, render_report, worst_queries
 
+    runs, comparisons, notes = findings
     hubs = hubness(runs[0])
     facts = {
         "hubs": f"k-occurrence skew {hubs['skew']:.2f} (0 = none), {hubs['never']:.0%} of the rows never found",

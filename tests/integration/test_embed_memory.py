@@ -13,7 +13,7 @@ import soundfile
 from audiomae.artifacts.embeddings import EmbeddingSet, EmbedSettings, write_run
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.listing import Listing
-from audiomae.embedding.plan import new_plan
+from audiomae.embedding.plan import PlanRequest, new_plan
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 
@@ -61,8 +61,8 @@ def peak_mib(folder: Path, encoder: Path, seconds: int, mode: str) -> float:
     table = {"uri": [source.name], "size": [source.stat().st_size], "content_id": ["c"]}
 
     listing = Listing([pa.table(table)])
-    named = {"encoder": str(encoder), "corpus": str(folder), "root": str(folder)}
-    plan = new_plan(folder / "out", listing, settings, lambda uris: [float(seconds)] * len(uris), **named)
+    request = PlanRequest(str(encoder), str(folder), str(folder))
+    plan = new_plan(folder / "out", listing, settings, lambda uris: [float(seconds)] * len(uris), request)
     job = EmbedJob(out=str(folder / "out"), encoder=str(encoder), root=str(folder), settings=settings, manifest="m")
     entries = json.dumps([entry.model_dump_json() for entry in plan.shards])
     output = subprocess.run(

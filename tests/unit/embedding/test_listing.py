@@ -15,7 +15,7 @@ from audiomae.embedding.update import difference, updated_plan
 from audiomae.errors import UserError
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=4, sample_rate=16000, mode="windows", window_s=5, hop_s=5)
-NAMED = {"encoder": "e", "corpus": "c", "root": "/r", "shard_cost_s": 60.0}
+REQUEST = planning.PlanRequest("e", "c", "/r", shard_cost_s=60.0)
 
 
 def table_of(numbers: list[int]) -> pa.Table:
@@ -108,7 +108,7 @@ def test_the_manifest_hash_depends_on_content_and_columns_not_on_tables(monkeypa
 
 def test_plans_and_updates_do_not_depend_on_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def plan_in(out: Path, listing: Listing) -> planning.Plan:
-        return planning.new_plan(str(out), listing, SETTINGS, lambda uris: [None] * len(uris), **NAMED)  # type: ignore[arg-type]
+        return planning.new_plan(str(out), listing, SETTINGS, lambda uris: [None] * len(uris), REQUEST)
 
     numbers = list(range(1000))
     held = plan_in(tmp_path / "held", Listing([table_of(numbers)]))
@@ -126,7 +126,8 @@ def test_plans_and_updates_do_not_depend_on_the_runs(tmp_path: Path, monkeypatch
     fresh = Listing(changed.slice(start, 41) for start in range(0, len(changed), 41))
     found = difference(tmp_path / "stored", stored, fresh)
     assert (found.new, found.changed, found.vanished) == (["0/2000.wav"], ["3/0003.wav"], ["0/0500.wav"])
-    after = updated_plan(str(tmp_path / "stored"), stored, fresh, lambda uris: [None] * len(uris), **NAMED)  # type: ignore[arg-type]
+    changes = difference(tmp_path / "stored", stored, fresh)
+    after = updated_plan(str(tmp_path / "stored"), stored, fresh, lambda uris: [None] * len(uris), REQUEST, changes)
     kept = {entry.name for entry in after.shards} & {entry.name for entry in stored.shards}
     assert len(kept) == len(stored.shards) - 2
     written = [file for file in after.files if "items-000001" in file["name"]]

@@ -32,7 +32,7 @@ def listing(count: int, size: int = 160_000) -> pa.Table:
 
 def plan_of(out: Path, table: pa.Table, probe: planning.Probe = lambda uris: [None] * len(uris)) -> planning.Plan:
     return planning.new_plan(
-        out, Listing([table]), SETTINGS, probe, encoder="enc", corpus="src", root="/root", shard_cost_s=100
+        out, Listing([table]), SETTINGS, probe, planning.PlanRequest("enc", "src", "/root", shard_cost_s=100)
     )
 
 

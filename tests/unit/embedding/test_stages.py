@@ -12,7 +12,7 @@ from audiomae.artifacts.tables import EmbedSettings
 from audiomae.embedding.decoding import EmbedJob
 from audiomae.embedding.listing import Listing
 from audiomae.embedding.pieces import Clip
-from audiomae.embedding.plan import new_plan
+from audiomae.embedding.plan import PlanRequest, new_plan
 from audiomae.embedding.stages import FusedStage
 from audiomae.model.audiomae import AudioMAEConfig
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
@@ -48,9 +48,7 @@ def test_a_precision_that_was_asked_for_is_kept(job: EmbedJob, tmp_path: Path) -
 
 def test_a_block_is_committed_shard_by_shard_and_reported_in_its_order(job: EmbedJob, tmp_path: Path) -> None:
     listing = Listing([pa.table({"uri": ["a.wav", "b.wav", "c.wav"], "size": [0] * 3, "content_id": ["x"] * 3})])
-    plan = new_plan(
-        tmp_path, listing, job.settings, list, encoder="e", corpus="c", root=str(tmp_path), shard_cost_s=1.0
-    )
+    plan = new_plan(tmp_path, listing, job.settings, list, PlanRequest("e", "c", str(tmp_path), shard_cost_s=1.0))
     stage = FusedStage(job.model_copy(update={"out": str(tmp_path), "root": str(tmp_path)}))
     block = pa.table({"entries": [[entry.model_dump_json() for entry in plan.shards]]})
     assert len(plan.shards) == 3 and plan.shards[0].name not in committed_shards(tmp_path)

@@ -1,5 +1,6 @@
 """A corpus that changed: what differs, what is embedded again, what is copied, what is marked as vanished."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from audiomae.embedding.listing import Listing
 from audiomae.embedding.update import copy_shard, difference, updated_plan
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=2, sample_rate=16000, mode="windows", window_s=5, hop_s=5)
-NAMED: dict[str, Any] = {"encoder": "enc", "corpus": "src", "root": "/root", "shard_cost_s": 10}
+REQUEST = planning.PlanRequest("enc", "src", "/root", shard_cost_s=10)
 
 
 def listing(files: dict[str, str], **columns: list[Any]) -> Listing:
@@ -35,6 +36,11 @@ def listing(files: dict[str, str], **columns: list[Any]) -> Listing:
 
 def no_probe(uris: list[str]) -> list[float | None]:
     return [None] * len(uris)
+
+
+def updated(out: Path, plan: planning.Plan, listing: Listing, failed: Sequence[str] = ()) -> planning.Plan:
+    changes = difference(out, plan, listing).model_copy(update={"failed": list(failed)})
+    return updated_plan(out, plan, listing, no_probe, REQUEST, changes)
 
 
 def vector_of(uri: str, content: str) -> list[float]:
@@ -86,7 +92,7 @@ def carry_out(out: Path, plan: planning.Plan, bad: set[str] = frozenset()) -> li
 def first(tmp_path: Path) -> tuple[Path, planning.Plan, dict[str, str]]:
     """Twenty embedded files, two of which failed."""
     files = {f"{number:02d}.wav": "v1" for number in range(20)}
-    plan = planning.new_plan(tmp_path, listing(files), SETTINGS, no_probe, **NAMED)
+    plan = planning.new_plan(tmp_path, listing(files), SETTINGS, no_probe, REQUEST)
     assert len(plan.shards) > 4
     write_run(tmp_path, SETTINGS.model_dump(exclude_defaults=True) | {"encoder": "enc", "corpus_root": "/root"})
     carry_out(tmp_path, plan, bad={"03.wav", "04.wav"})
@@ -112,7 +118,7 @@ def test_an_update_embeds_only_what_is_new_or_changed(first: tuple[Path, plannin
     assert (found.new, found.changed, found.vanished) == (["new.wav"], ["07.wav"], ["00.wav", "11.wav"])
     assert "1 new (e.g. new.wav)" in found.describe()
 
-    after = updated_plan(out, plan, listing(files), no_probe, **NAMED)
+    after = updated(out, plan, listing(files))
     untouched = {entry.name for entry in plan.shards} & {entry.name for entry in after.shards}
     assert len(untouched) >= len(plan.shards) - 3
     assert sorted(carry_out(out, after)) == ["07.wav", "new.wav"]
@@ -135,12 +141,12 @@ def test_files_that_come_back_are_embedded_and_no_longer_vanished(
 ) -> None:
     out, plan, files = first
     content = files.pop("00.wav")
-    plan = updated_plan(out, plan, listing(files), no_probe, **NAMED)
+    plan = updated(out, plan, listing(files))
     carry_out(out, plan)
     assert EmbeddingSet.open(out).vanished().num_rows == 1
     collect_garbage(out)
     files["00.wav"] = content
-    plan = updated_plan(out, plan, listing(files), no_probe, **NAMED)
+    plan = updated(out, plan, listing(files))
     assert carry_out(out, plan) == ["00.wav"]
     assert EmbeddingSet.open(out).vanished().num_rows == 0
     assert len(contents(out)) == 18
@@ -148,7 +154,7 @@ def test_files_that_come_back_are_embedded_and_no_longer_vanished(
 
 def test_failed_files_alone_are_tried_again(first: tuple[Path, planning.Plan, dict[str, str]]) -> None:
     out, plan, files = first
-    plan = updated_plan(out, plan, listing(files), no_probe, redo=["03.wav", "04.wav"], **NAMED)
+    plan = updated(out, plan, listing(files), failed=["03.wav", "04.wav"])
     assert sorted(carry_out(out, plan, bad={"04.wav"})) == ["03.wav", "04.wav"]
     assert len(contents(out)) == 19
     assert EmbeddingSet.open(out).failures()["uri"].to_pylist() == ["04.wav"]
@@ -158,7 +164,7 @@ def test_new_labels_are_taken_over_without_embedding(first: tuple[Path, planning
     out, plan, files = first
     labelled = listing(files, label=[f"label{number % 2}" for number in range(20)])
     assert "columns added: label" in difference(out, plan, labelled).describe()
-    plan = updated_plan(out, plan, labelled, no_probe, **NAMED)
+    plan = updated(out, plan, labelled)
     assert carry_out(out, plan) == []
     table = EmbeddingSet.open(out).read()
     assert dict(zip(table["uri"].to_pylist(), table["label"].to_pylist(), strict=True)) == {
@@ -172,10 +178,10 @@ def test_new_labels_are_taken_over_without_embedding(first: tuple[Path, planning
 def test_an_update_of_an_unfinished_update_loses_nothing(first: tuple[Path, planning.Plan, dict[str, str]]) -> None:
     out, plan, files = first
     del files["00.wav"]
-    plan = updated_plan(out, plan, listing(files), no_probe, **NAMED)  # killed before anything was committed
+    plan = updated(out, plan, listing(files))  # killed before anything was committed
     del files["01.wav"]
     files["late.wav"] = "v1"
-    plan = updated_plan(out, plan, listing(files), no_probe, **NAMED)
+    plan = updated(out, plan, listing(files))
     assert carry_out(out, plan) == ["late.wav"]
     assert sorted(contents(out)) == sorted(uri for uri in files if uri not in ("03.wav", "04.wav"))
     assert sorted(EmbeddingSet.open(out).vanished()["uri"].to_pylist()) == ["00.wav", "01.wav"]
@@ -188,7 +194,7 @@ def test_columns_are_compared_value_by_value(first: tuple[Path, planning.Plan, d
         "level": [float("nan") if number == 4 else number / 2 for number in range(20)],
         "tags": [["a", str(number)] for number in range(20)],
     }
-    plan = updated_plan(out, plan, listing(files, **columns), no_probe, **NAMED)
+    plan = updated(out, plan, listing(files, **columns))
     assert not difference(out, plan, listing(files, **columns))
     for name, row, value in (("fold", 3, 5), ("level", 4, 1.0), ("tags", 5, ["b"])):
         changed = {**columns, name: [value if number == row else old for number, old in enumerate(columns[name])]}

@@ -44,7 +44,8 @@ class Built:
 
     def tune(self, target: float, deleted: np.ndarray) -> tuple[tuning.Recall, Queries, list[np.ndarray]]:
         queries, answers = self.ask(deleted)
-        found = tuning.tune(self.task, self.folders, self.trained, deleted, queries, answers, target, False)
+        found_by = searcher.Searcher.open(self.folders, self.trained, self.task.spec)
+        found = tuning.tune(found_by, self.task.spec, deleted, queries, answers, target)
         return found, queries, answers
 
     def ask(self, deleted: np.ndarray) -> tuple[Queries, list[np.ndarray]]:

@@ -62,6 +62,8 @@ class AudioEncoder(nn.Module):
         self.projection = _projection(self.pooling.out_dim, config.projection)
         self.centre: Tensor | None
         self.register_buffer("centre", torch.zeros(self.dim) if config.centred else None)
+        self.discriminant: Tensor | None
+        self.register_buffer("discriminant", torch.eye(self.dim) if config.discriminant else None)
         self.text_projection = nn.Linear(config.text.dim, self.dim) if config.text else None
         self.precision = "float32"  # of the arithmetic: or bfloat16, by autocast
         self._text_tower: TextTower | None = None
@@ -117,7 +119,7 @@ class AudioEncoder(nn.Module):
             raise ValueError(
                 "with_pooling: the projection was trained on the present pooling; train another one instead"
             )
-        config = self.config.model_copy(update={"pooling": pooling, "centred": False})
+        config = self.config.model_copy(update={"pooling": pooling, "centred": False, "discriminant": False})
         encoder = AudioEncoder.from_config(config, with_decoder=getattr(self.backbone, "decoder", None) is not None)
         encoder.backbone.load_state_dict(self.backbone.state_dict())
         encoder.precision = self.precision
@@ -228,8 +230,9 @@ class AudioEncoder(nn.Module):
         return self._known_fingerprint[1]
 
     def _stamp(self) -> object:
-        """Changes whenever a parameter or the centre is replaced or written to in place."""
-        tensors = [*self.parameters(), *([] if self.centre is None else [self.centre])]
+        """Changes whenever a parameter or what was fitted after training is replaced or written to in place."""
+        fitted = (self.centre, self.discriminant)
+        tensors = [*self.parameters(), *(tensor for tensor in fitted if tensor is not None)]
         return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
     def summary(self) -> dict[str, Any]:
@@ -271,7 +274,7 @@ class AudioEncoder(nn.Module):
     def embed_spectrogram(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
         """As `forward`, from log-mel [B, 1, T, F] as `features` gives it.
 
-        In training mode neither `crops` nor `centred` applies: losses see the plain vectors.
+        In training mode none of `crops`, `centred` and `discriminant` applies: losses see the plain vectors.
         """
         plain = F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
         if self.training:
@@ -282,8 +285,17 @@ class AudioEncoder(nn.Module):
         return plain if self.config.crops == 1 and self.centre is None else self.centring(F.normalize(plain, dim=-1))
 
     def centring(self, vectors: Tensor) -> Tensor:
-        """Unit vectors [B, dim] less the mean of the training clips, unit length again; as they are without one."""
-        return vectors if self.centre is None else F.normalize(vectors - self.centre, dim=-1)
+        """Unit vectors [B, dim] less the mean of the training clips and through the discriminant map, of unit length.
+
+        Without a centre they stay as they are, without a map they are only moved.
+        """
+        if self.centre is None:
+            return vectors
+        moved = vectors - self.centre
+        if self.discriminant is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                moved = moved @ self.discriminant
+        return F.normalize(moved, dim=-1)
 
     def pool_spectrogram(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
         """Log-mel [B, 1, T, F] -> pooled float32 [B, D_out], before projection and normalisation."""

@@ -258,6 +258,12 @@ class EncoderConfig(StrictConfig):
         description="subtract the mean vector of the training clips before the last normalisation (Suzuki et al. 2013, "
         "Centering Similarity Measures to Reduce Hubs); the mean is fitted when the encoder is trained",
     )
+    discriminant: bool = Field(
+        False,
+        description="after centring, scale down the directions in which training clips of one class differ and double "
+        "those in which the classes do (audiomae.training.discriminant); fitted when the encoder is trained, from the "
+        "labels; without any it changes nothing. Needs centred",
+    )
     crops: int = Field(
         1,
         ge=1,
@@ -285,6 +291,8 @@ class EncoderConfig(StrictConfig):
             raise ValueError("official_windows: is defined for long_input=chunk only")
         if self.centred and self.text:
             raise ValueError("centred: text vectors would be compared with shifted audio vectors; set it to false")
+        if self.discriminant and not self.centred:
+            raise ValueError("discriminant: is defined for centred vectors; set centred to true as well")
         if self.backbone.kind == "timm" and self.long_input == "extend":
             raise ValueError("long_input=extend: a timm ViT has learned positions; choose chunk or interpolate")
         return self
@@ -292,11 +300,11 @@ class EncoderConfig(StrictConfig):
     def fingerprint_fields(self) -> dict[str, Any]:
         """What enters the fingerprint beside the weights.
 
-        Of the features what differs from `FEATURES_BEFORE`, of `centred` and `crops` what differs from the defaults: a
-        setting added later leaves the fingerprints of saved encoders, and with them the indexes built on those, as they
-        are.
+        Of the features what differs from `FEATURES_BEFORE`, of `centred`, `discriminant` and `crops` what differs from
+        the defaults: a setting added later leaves the fingerprints of saved encoders, and with them the indexes built
+        on those, as they are.
         """
-        later = self.model_dump(mode="json", include={"centred", "crops"}, exclude_defaults=True)
+        later = self.model_dump(mode="json", include={"centred", "discriminant", "crops"}, exclude_defaults=True)
         fields = self.model_dump(mode="json", include={"pooling", "projection", "long_input", "official_windows"})
         features = self.features.model_dump(mode="json")
         features = {name: value for name, value in features.items() if value != FEATURES_BEFORE[name]}

@@ -136,9 +136,7 @@ class TrainLoop:
         frames = config.augment.source_frames(self.window)
         crops = config.augment.crop_frames(self.window, config.objective.views)
         self.loader = Loader(self.store, self.sampler, frames, crops, rank(), world_size())
-        self.validator = Validator(
-            self.store, held_out, labels, config.validation, config.augment, self.window, config.seed
-        )
+        self.validator = Validator(self.store, held_out, labels, config, self.window)
         self.step, self.meter, self.records = 0, Meter(), list[dict[str, Any]]()
         self._prepare_parameters()
         self.module: nn.Module = self.objective

@@ -140,6 +140,12 @@ class ObjectiveConfig(StrictConfig):
     margin: float = Field(0.2, gt=0, description="of the triplet loss")
     projector: int = Field(0, ge=0, description="width of a head used by contrastive losses only; 0 = none")
 
+    @property
+    def learns_labels(self) -> bool:
+        """Whether a loss looks at the labels, where there are any."""
+        by_label = self.contrastive and self.supervised is not False
+        return bool(by_label) or any(getattr(self, name) for name in SUPERVISED)
+
     @model_validator(mode="after")
     def _consistent(self) -> "ObjectiveConfig":
         if not any(getattr(self, name) for name in WEIGHTS):

@@ -11,11 +11,12 @@ from torch import Tensor
 from audiomae.artifacts.features import FeatureStore
 from audiomae.metrics import Labelled, score_queries, summarise
 from audiomae.model.encoder import AudioEncoder
-from audiomae.training.augment import AugmentConfig, augment
+from audiomae.training.augment import augment
 from audiomae.training.clips import UNLABELLED
 from audiomae.training.diagnostics import collapse_gauges
+from audiomae.training.discriminant import discriminant_map
 from audiomae.training.distributed import gather, rank, world_size
-from audiomae.training.recipe import ValidationConfig
+from audiomae.training.recipe import Recipe
 
 BATCH = 32
 BatchFn = Callable[[Sequence[int]], Tensor]
@@ -28,19 +29,21 @@ class Validator:
         store: features of all clips.
         validation: bool[N], which clips are held out.
         labels: int64[N] class or `UNLABELLED`. Without any label a clip's first half looks for its second half.
+        recipe: of the training; where its losses use no labels, the encoder is not fitted to them either.
+        window: of the training, in frames.
     """
 
-    def __init__(  # noqa: PLR0913 (parts of a run that nothing else puts together)
+    def __init__(
         self,
         store: FeatureStore,
         validation: npt.NDArray[np.bool_],
         labels: npt.NDArray[np.int64],
-        config: ValidationConfig,
-        augmentation: AugmentConfig,
+        recipe: Recipe,
         window: int,
-        seed: int,
     ) -> None:
-        self.store, self.labels, self.augmentation, self.window, self.seed = store, labels, augmentation, window, seed
+        self.store, self.labels, self.window = store, labels, window
+        self.augmentation, self.seed, config = recipe.augment, recipe.seed, recipe.validation
+        self._fits_labels = recipe.objective.learns_labels
         self.labelled = bool((labels != UNLABELLED).any())
         known = labels != UNLABELLED if self.labelled else np.ones(len(labels), bool)
         self.queries = _spread(np.flatnonzero(validation & known), config.max_queries)
@@ -50,10 +53,10 @@ class Validator:
     def run(self, encoder: AudioEncoder) -> dict[str, float]:
         """Metrics of the encoder as it is: `val_mAP`, `val_R@1`, and the gauges over the queries.
 
-        Empty when no clip is held out. An encoder that is to be centred is fitted to the gallery first. Every rank gets
-        the same numbers and must call this.
+        Empty when no clip is held out. What is fitted after training, the centre and the discriminant map, is fitted to
+        the gallery first. Every rank gets the same numbers and must call this.
         """
-        self._centre(encoder)
+        self._fit(encoder)
         if len(self.queries) < 2 or len(self.gallery) == 0:
             return {}
         training = encoder.training
@@ -65,14 +68,20 @@ class Validator:
         finally:
             encoder.train(training)
 
-    def _centre(self, encoder: AudioEncoder) -> None:
-        """Set the encoder's centre to the mean vector of the training clips (of `max_gallery` of them)."""
+    def _fit(self, encoder: AudioEncoder) -> None:
+        """Set the encoder's centre and discriminant map by the training clips (`max_gallery` of them)."""
         if encoder.centre is None or not len(self.gallery):
             return
         training = encoder.training
         encoder.eval()
         encoder.centre.zero_()
-        encoder.centre.copy_(self._embed(encoder, self.gallery).mean(0))
+        if encoder.discriminant is not None:
+            encoder.discriminant.copy_(torch.eye(encoder.dim))
+        vectors = self._embed(encoder, self.gallery)
+        encoder.centre.copy_(vectors.mean(0))
+        if encoder.discriminant is not None and self.labelled and self._fits_labels:
+            found = discriminant_map(vectors.double().numpy(), self.labels[self.gallery])
+            encoder.discriminant.copy_(torch.from_numpy(found))
         encoder.train(training)
 
     def _retrieval(self, encoder: AudioEncoder) -> dict[str, float]:

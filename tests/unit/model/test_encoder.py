@@ -198,7 +198,7 @@ def test_an_encoder_saved_before_a_setting_existed_loads_as_it_was(tmp_path):
     (tmp_path / "old" / "receipt.json").unlink()  # encoders had none then
     path = tmp_path / "old" / "config.json"
     saved = json.loads(path.read_text())
-    for later in ("centred", "crops"):
+    for later in ("centred", "discriminant", "crops"):
         del saved["config"][later]
     del saved["config"]["features"]["range_db"]
     path.write_text(json.dumps(saved))
@@ -396,8 +396,25 @@ def test_crops_average_the_clip_over_where_it_starts():
     torch.testing.assert_close(torch.from_numpy(four.embed([sound])), expected, atol=1e-5, rtol=0)
 
 
+def test_the_discriminant_map_comes_after_the_centre_and_before_the_last_normalisation():
+    plain, mapped = make(), make(centred=True, discriminant=True)
+    (sound,) = clips(32_000)
+    draw = torch.Generator().manual_seed(0)
+    mapped.centre.copy_(0.1 * torch.randn(mapped.dim, generator=draw))
+    mapped.discriminant.copy_(torch.randn(mapped.dim, mapped.dim, generator=draw))
+    moved = (torch.from_numpy(plain.embed([sound])) - mapped.centre) @ mapped.discriminant
+    expected = torch.nn.functional.normalize(moved, dim=-1)
+    torch.testing.assert_close(torch.from_numpy(mapped.embed([sound])), expected, atol=1e-5, rtol=0)
+    mapped.precision = "bfloat16"  # the map itself stays float32
+    assert mapped.centring(torch.ones(1, mapped.dim)).dtype == torch.float32
+    with pytest.raises(ValueError, match="centred"):
+        EncoderConfig(discriminant=True)
+    assert mapped.with_pooling("max").discriminant is None
+
+
 def test_losses_see_neither_centre_nor_crops():
-    plain, moved = make().train(), make(centred=True, crops=2).train()
+    plain, moved = make().train(), make(centred=True, discriminant=True, crops=2).train()
     moved.centre.fill_(0.3)
+    moved.discriminant.fill_(0.1)
     x = torch.randn(2, 1, 200, 80, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(plain.embed_spectrogram(x), moved.embed_spectrogram(x))

@@ -12,9 +12,8 @@ from audiomae.artifacts.features import FeatureStore
 from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.model.features import FeatureConfig, LogMel
-from audiomae.training.augment import AugmentConfig
 from audiomae.training.extract import Extractor, cache_recipe, plain_features
-from audiomae.training.recipe import ValidationConfig
+from audiomae.training.recipe import Recipe
 from audiomae.training.validation import Validator
 
 RATE = 16000
@@ -68,7 +67,7 @@ def test_validation_embeds_what_the_encoder_embeds(corpus, tmp_path):
     )
     labels = np.array([0, 0, 1])
     held_out = np.array([True, False, True])
-    validator = Validator(store, held_out, labels, ValidationConfig(), AugmentConfig(), window=200, seed=0)
+    validator = Validator(store, held_out, labels, Recipe(), window=200)
     with torch.inference_mode():
         vectors = validator._embed(encoder, np.array([2, 0, 1])).numpy()
     expected = encoder.embed([corpus / uris[row] for row in (2, 0, 1)])
@@ -76,3 +75,26 @@ def test_validation_embeds_what_the_encoder_embeds(corpus, tmp_path):
     metrics = validator.run(encoder.train())
     assert set(metrics) == {"val_mAP", "val_R@1", "alignment", "uniformity", "rankme", "mean_cosine"}
     assert encoder.training and metrics == validator.run(encoder)
+
+
+@pytest.mark.parametrize("supervised", [None, False])
+def test_the_discriminant_map_is_fitted_to_labels_that_training_learns(
+    corpus: Path, tmp_path: Path, supervised: bool | None
+) -> None:
+    backbone = {"size": "debug", "depth": 1}
+    encoder = AudioEncoder.from_config(EncoderConfig(backbone=backbone, centred=True, discriminant=True))
+    before = encoder.fingerprint
+    uris = [f"{number}.wav" for number in range(3)] * 2
+    features.write_shard(str(tmp_path / "cache"), 0, uris, Extractor(str(corpus), encoder.config.features, 10.0))
+    clips = features.read_clips(str(tmp_path / "cache"), 1)
+    store = FeatureStore(
+        ShardCache(str(tmp_path / "cache"), 1.0), clips["shard"], clips["first_frame"], clips["frames"]
+    )
+    recipe = Recipe.model_validate({"objective": {"contrastive": 1.0, "views": 2, "supervised": supervised}})
+    Validator(store, np.zeros(6, bool), np.array([0, 1, 1, 0, 1, 1]), recipe, window=200).run(encoder)
+    learnt = not torch.equal(encoder.discriminant, torch.eye(encoder.dim))
+    assert learnt == (supervised is None) and encoder.fingerprint != before
+    encoder.save(tmp_path / "encoder")
+    again = AudioEncoder.load(tmp_path / "encoder", device="cpu")
+    sound = corpus / "0.wav"
+    assert again.fingerprint == encoder.fingerprint and np.array_equal(again.embed(sound), encoder.embed(sound))

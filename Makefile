@@ -16,7 +16,7 @@ PIP_PROGRESS := awk '\
 	/^ *(ERROR|error)/ { print } { fflush() }'
 
 # two halves of the suite at once, each with a Ray of its own; the tests of a file stay together
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup setup-gpu demo test test-all lint bench serve clean
 

@@ -5,6 +5,9 @@ how many seconds a unit of cost takes. A request that would wait longer than `ma
 refused at once with 503 and a `Retry-After`: under overload those who are let in keep their latency, and the rest know
 soon. Whoever gives up waiting, or leaves, frees the place.
 
+A burst may wait longer than that, as its clients would only come again. When refusals outnumber answers it is no burst:
+the queue is cut to a quarter, the last to come first, and stays so short until the storm is over.
+
 Lanes are of one event loop; nothing here locks. Health, readiness, metrics and administration go through none of them.
 """
 
@@ -19,6 +22,22 @@ from serve.problems import Problem
 
 SMOOTHING = 0.1  # weight of the newest measurement of a unit's seconds
 MAX_RETRY_S = 60
+MEMORY_S = 1.0  # how long refusals and answers are remembered
+STORM_QUEUE = 4  # so many times fewer may wait in a storm
+
+
+class Recent:
+    """How many events there were lately: each counts exp(-age / `MEMORY_S`)."""
+
+    def __init__(self) -> None:
+        self._value, self._at = 0.0, time.monotonic()
+
+    def count(self, events: int = 0) -> float:
+        """Note so many events; the count now."""
+        now = time.monotonic()
+        self._value = self._value * math.exp((self._at - now) / MEMORY_S) + events
+        self._at = now
+        return self._value
 
 
 class Lane:
@@ -40,6 +59,7 @@ class Lane:
         self._queued_cost = self._working_cost = 0.0
         self._busy_since: float | None = None
         self._done_cost = 0.0
+        self._refused, self._answered = Recent(), Recent()
 
     @property
     def waiting(self) -> int:
@@ -52,11 +72,17 @@ class Lane:
             return 0.0
         return (self._queued_cost + self._working_cost / 2) * self._unit_s
 
+    @property
+    def storm(self) -> bool:
+        """Whether more are being refused than answered, and more than a full queue of them."""
+        refused = self._refused.count()
+        return refused > self.places + self.min_queue and refused > self._answered.count()
+
     def refuse_early(self) -> None:
         """Raise the problem that `place` would, before a body is read for nothing."""
         wait = self.expected_wait_s()
-        if self.waiting >= self.min_queue and wait > self.max_wait_s:
-            raise overloaded(self.name, wait)
+        if self._is_full(wait):
+            raise self._refusal(wait)
 
     @asynccontextmanager
     async def place(self, cost: float, deadline: float = math.inf) -> AsyncIterator[None]:
@@ -73,13 +99,31 @@ class Lane:
             self._enter(cost)
         else:
             wait = self.expected_wait_s()
-            if (self.waiting >= self.min_queue and wait > self.max_wait_s) or time.monotonic() + wait > deadline:
-                raise overloaded(self.name, wait)
+            if self._is_full(wait) or time.monotonic() + wait > deadline:
+                raise self._refusal(wait)
             await self._wait(cost, deadline)
         try:
             yield
         finally:
             self._leave(cost)
+
+    def _is_full(self, wait_s: float) -> bool:
+        return self.waiting >= self._may_wait() and wait_s > self.max_wait_s
+
+    def _may_wait(self) -> int:
+        return self.min_queue // STORM_QUEUE if self.storm else self.min_queue
+
+    def _refusal(self, wait_s: float) -> Problem:
+        self._refused.count(1)
+        while self.waiting > self._may_wait():
+            turn, cost = self._waiting[-1]
+            if self.expected_wait_s() - cost * self._unit_s <= self.max_wait_s:
+                break
+            self._waiting.pop()
+            self._queued_cost -= cost
+            if not turn.done():
+                turn.set_exception(overloaded(self.name, wait_s))
+        return overloaded(self.name, wait_s)
 
     async def _wait(self, cost: float, deadline: float) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -107,6 +151,7 @@ class Lane:
     def _leave(self, cost: float) -> None:
         self.working -= 1
         self._working_cost -= cost
+        self._answered.count(1)
         self._learn(cost)
         while self._waiting and self.working < self.places:
             turn, next_cost = self._waiting.popleft()

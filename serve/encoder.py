@@ -33,19 +33,19 @@ NICE = 19
 
 @dataclass(order=True)
 class _Job:
-    """One window to encode; earlier requests and shorter ones first."""
+    """A few windows of one request to encode together; the first ones of every request first, then by arrival."""
 
     priority: tuple[int, int]
     version: str = field(compare=False)
-    window: np.ndarray = field(compare=False)
+    windows: Sequence[np.ndarray] = field(compare=False)
     done: "Future[np.ndarray]" = field(compare=False)
 
 
 class BatchingEncoder:
     """Encodes windows of many requests together; a batch forms while the one before it is being encoded.
 
-    A request's windows are queued by their number among its own: the first windows of all requests come before the
-    second of any, so that a long one does not hold up those that come after it.
+    A request's windows are queued a few at a time: the first few of all requests come before the next of any, so that a
+    long one does not hold up those that come after it.
     """
 
     def __init__(self, args: ServeArgs) -> None:
@@ -73,20 +73,20 @@ class BatchingEncoder:
         )
 
     def submit(self, version: str, windows: Sequence[np.ndarray]) -> "list[Future[np.ndarray]]":
-        """Queue W windows, each float32[S] mono at the encoder's rate; the futures give float32[dim]."""
+        """Queue W windows, each float32[S] mono at the encoder's rate; the futures give float32[few, dim], in order."""
         arrival = next(self._arrivals)
         futures: list[Future[np.ndarray]] = []
-        for rank, window in enumerate(windows):
+        for start in range(0, len(windows), LONG_BATCH):
             done: Future[np.ndarray] = Future()
             futures.append(done)
-            self._jobs.put(_Job((rank // LONG_BATCH, arrival), version, window, done))
+            self._jobs.put(_Job((start, arrival), version, windows[start : start + LONG_BATCH], done))
         return futures
 
     def encode(self, version: str, windows: Sequence[np.ndarray], timeout_s: float) -> np.ndarray:
         """Unit vectors float32[W, dim] of W windows. Raises TimeoutError."""
         futures = self.submit(version, windows)
         try:
-            return np.stack([done.result(timeout_s) for done in futures])
+            return np.concatenate([done.result(timeout_s) for done in futures])
         finally:
             for done in futures:
                 done.cancel()
@@ -98,19 +98,21 @@ class BatchingEncoder:
     def _work(self) -> None:
         while True:
             jobs = [self._jobs.get()]
-            while len(jobs) < self._args.max_batch_size and not self._jobs.empty():
+            while sum(len(job.windows) for job in jobs) < self._args.max_batch_size and not self._jobs.empty():
                 jobs.append(self._jobs.get())
             wanted = [job for job in jobs if job.done.set_running_or_notify_cancel()]
             for version in dict.fromkeys(job.version for job in wanted):
                 batch = [job for job in wanted if job.version == version]
+                windows = [window for job in batch for window in job.windows]
                 try:
-                    vectors = self._encoders.get(version).embed([job.window for job in batch], batch_size=len(batch))
+                    vectors = self._encoders.get(version).embed(windows, batch_size=len(windows))
                 except Exception as error:
                     for job in batch:
                         job.done.set_exception(error)
                 else:
-                    for job, vector in zip(batch, vectors, strict=True):
-                        job.done.set_result(vector)
+                    ends = np.cumsum([len(job.windows) for job in batch])
+                    for job, found in zip(batch, np.split(vectors, ends[:-1]), strict=True):
+                        job.done.set_result(found)
 
     def _open(self, version: str) -> AudioEncoder:
         release = releases.resolve(self._args.index, version)
@@ -139,7 +141,7 @@ class Encoder:
 
     async def encode(self, version: str, windows: list[np.ndarray]) -> np.ndarray:
         """Unit vectors float32[W, dim] of decoded windows."""
-        return np.stack(await asyncio.gather(*map(asyncio.wrap_future, self._encoder.submit(version, windows))))
+        return np.concatenate(await asyncio.gather(*map(asyncio.wrap_future, self._encoder.submit(version, windows))))
 
     async def embed_upload(
         self, version: str, data: bytes, window_s: float, region: Region

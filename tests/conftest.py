@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
 os.environ.update(
+    OMP_NUM_THREADS="1",  # the suite's processes share few cores: threads of one would wait for those of another
+    PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),  # of Ray's workers
+    RAY_prestart_worker_first_driver="0",  # workers start when there is work for them
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_raylet_start_wait_time_s="180",  # of a busy machine
@@ -20,10 +26,6 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
-
 
 _skipped: Counter[str] = Counter()
 
@@ -99,7 +101,6 @@ def start_ray() -> None:
         object_store_memory=512 * 1024**2,
         log_to_driver=False,
         logging_level="warning",
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve.admission import Lane
+from serve.admission import STORM_QUEUE, Lane
 from serve.arguments import ServeArgs
 from serve.lanes import BURST, Lanes
 from serve.problems import Problem
@@ -76,6 +76,37 @@ def test_a_burst_of_so_many_may_wait_however_slow_it_is() -> None:
     run(scenario)
 
 
+def test_a_storm_cuts_the_queue_and_its_end_restores_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        clock = [100.0]
+        monkeypatch.setattr("serve.admission.time.monotonic", lambda: clock[0])
+        busy, gate = lane(max_wait_s=0.001, min_queue=8), asyncio.Event()
+        tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(9)]
+        await asyncio.sleep(0)
+        for _ in range(8):  # as many as a burst may have
+            with pytest.raises(Problem):
+                busy.refuse_early()
+        assert (busy.storm, busy.waiting) == (False, 8)
+        for _ in range(2):
+            with pytest.raises(Problem):
+                busy.refuse_early()
+        assert (busy.storm, busy.waiting) == (True, 2)
+        await asyncio.sleep(0)
+        shed = [task.exception() for task in tasks if task.done()]
+        assert len(shed) == 6 and all(isinstance(error, Problem) and error.headers for error in shed)
+        assert not tasks[1].done() and not tasks[2].done()  # who came first stays
+        clock[0] += 5.0
+        assert not busy.storm
+        more = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(6)]
+        await asyncio.sleep(0)
+        assert busy.waiting == 8
+        gate.set()
+        await asyncio.gather(*tasks[:3], *more)
+        assert (busy.working, busy.waiting) == (0, 0)
+
+    run(scenario)
+
+
 def test_who_cannot_be_served_before_the_deadline_is_refused_and_who_waits_past_it_leaves() -> None:
     async def scenario() -> None:
         busy, gate = lane(max_wait_s=100.0), asyncio.Event()
@@ -128,10 +159,10 @@ def test_it_learns_how_fast_it_is() -> None:
 
 
 def test_a_burst_is_let_in_and_no_more_than_that() -> None:
-    """What is at work and waiting together bounds how long an accepted request takes."""
-    lanes = Lanes(ServeArgs(index="unused", max_wait_s=0.1))
+    """What is at work and waiting together bounds how long an accepted request takes; in a storm it is a quarter."""
 
-    async def run(lane: str) -> int:
+    async def run(lane: str, clients: int) -> int:
+        lanes = Lanes(ServeArgs(index="unused", max_wait_s=0.1))
         end = asyncio.Event()
 
         async def work() -> bool:
@@ -143,9 +174,13 @@ def test_a_burst_is_let_in_and_no_more_than_that() -> None:
                 return False
             return True
 
-        asked = [asyncio.create_task(work()) for _ in range(10 * BURST)]
+        asked = [asyncio.create_task(work()) for _ in range(clients)]
         await asyncio.sleep(0)
         end.set()
         return sum(await asyncio.gather(*asked))
 
-    assert [asyncio.run(run(lane)) for lane in ("short", "light", "media")] == [BURST] * 3
+    names = ("short", "light", "media")
+    assert [asyncio.run(run(name, BURST + BURST // 2)) for name in names] == [BURST] * 3
+    places = [Lanes(ServeArgs(index="unused")).all[name].places for name in names]
+    storm = [count + (BURST - count) // STORM_QUEUE for count in places]
+    assert [asyncio.run(run(name, 10 * BURST)) for name in names] == storm

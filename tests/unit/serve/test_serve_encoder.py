@@ -1,0 +1,74 @@
+"""Windows of many requests go through the encoder together, and none waits for a long request to end."""
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve.arguments import ServeArgs
+from serve.encoder import LONG_BATCH, BatchingEncoder
+
+
+class Recorder:
+    """An encoder that gives each window's first sample back, holds its first batch, and notes every batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.started, self.go = threading.Event(), threading.Event()
+
+    def embed(self, windows: list[np.ndarray], batch_size: int) -> np.ndarray:
+        assert batch_size == len(windows)
+        self.batches.append([int(window[0]) for window in windows])
+        self.started.set()
+        assert self.go.wait(60)
+        if any(window[0] < 0 for window in windows):
+            raise ValueError("a window that cannot be encoded")
+        return np.stack([window[:1] for window in windows])
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> tuple[BatchingEncoder, Recorder]:
+    recorder = Recorder()
+    monkeypatch.setattr(BatchingEncoder, "_open", lambda self, version: recorder)
+    return BatchingEncoder(ServeArgs(index="unused", max_batch_size=6)), recorder
+
+
+def windows(*values: int) -> list[np.ndarray]:
+    return [np.array([value, 0.0], np.float32) for value in values]
+
+
+def test_the_windows_of_a_request_are_one_batch(made: tuple[BatchingEncoder, Recorder]) -> None:
+    encoder, recorder = made
+    recorder.go.set()
+    assert encoder.encode("v1", windows(1, 2, 3), 60).tolist() == [[1], [2], [3]]
+    assert recorder.batches == [[1, 2, 3]]
+
+
+def test_requests_that_come_meanwhile_share_a_batch_and_a_long_one_takes_turns(
+    made: tuple[BatchingEncoder, Recorder],
+) -> None:
+    encoder, recorder = made
+    first = encoder.submit("v1", windows(0))
+    assert recorder.started.wait(60)
+    long = encoder.submit("v1", windows(*range(10, 10 + 2 * LONG_BATCH)))
+    short = [encoder.submit("v1", windows(value, value + 1)) for value in (30, 40)]
+    recorder.go.set()
+    found = [np.concatenate([done.result(60) for done in futures])[:, 0].tolist() for futures in (first, long, *short)]
+    assert found == [[0], list(range(10, 18)), [30, 31], [40, 41]]
+    assert recorder.batches == [[0], [10, 11, 12, 13, 30, 31], [40, 41, 14, 15, 16, 17]]
+
+
+def test_an_error_concerns_its_batch_and_who_gave_up_is_left_out(made: tuple[BatchingEncoder, Recorder]) -> None:
+    encoder, recorder = made
+    first: list[Any] = encoder.submit("v1", windows(0))
+    assert recorder.started.wait(60)
+    (gone,) = encoder.submit("v1", windows(5))
+    (bad,) = encoder.submit("v2", windows(-1))
+    (good,) = encoder.submit("v1", windows(7))
+    assert gone.cancel()
+    recorder.go.set()
+    assert good.result(60).tolist() == [[7]] and first[0].result(60).tolist() == [[0]]
+    with pytest.raises(ValueError, match="cannot be encoded"):
+        bad.result(60)
+    assert all(5 not in batch for batch in recorder.batches)

@@ -3,6 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+STRETCH = 2.0  # the directions in which classes differ count 1 + STRETCH times
+
 
 def discriminant_map(vectors: npt.ArrayLike, labels: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """A map float32[D, D] for centred vectors: `vectors @ map` is nearer among clips of one class.
@@ -10,7 +12,7 @@ def discriminant_map(vectors: npt.ArrayLike, labels: npt.ArrayLike) -> npt.NDArr
     First within-class covariance normalisation (Hatch et al. 2006, Within-Class Covariance Normalization for SVM-based
     Speaker Recognition): directions in which clips of one class differ are scaled down, by their covariance as shrunk
     by OAS (Chen et al. 2010). Then the directions in which the classes differ (Fisher's discriminants, at most
-    classes - 1) count twice; all others stay, for sounds of no known class.
+    classes - 1) are stretched; all others stay, for sounds of no known class.
 
     Args:
         vectors: float[N, D], unit length, centred or not.
@@ -33,5 +35,5 @@ def discriminant_map(vectors: npt.ArrayLike, labels: npt.ArrayLike) -> npt.NDArr
     whiten = (axes / np.sqrt(np.maximum(values, values[-1] * 1e-6))) @ axes.T
     _, spread, between = np.linalg.svd((means - rows.mean(0)) @ whiten, full_matrices=False)
     between = between[: len(counts) - 1][spread[: len(counts) - 1] > spread[0] * 1e-6]
-    found = whiten @ (np.eye(dim) + between.T @ between)
+    found = whiten @ (np.eye(dim) + STRETCH * between.T @ between)
     return (found / np.linalg.norm(found, 2)).astype(np.float32)

@@ -19,6 +19,7 @@ from audiomae.training.distributed import gather, rank, world_size
 from audiomae.training.recipe import Recipe
 
 BATCH = 32
+FITTED_VIEWS = 3  # augmented windows of each clip to which the discriminant map is fitted, beside the clip itself
 BatchFn = Callable[[Sequence[int]], Tensor]
 
 
@@ -63,13 +64,17 @@ class Validator:
         encoder.eval()
         try:
             metrics = self._retrieval(encoder)
-            first, second = (self._embed_windows(encoder, view) for view in (0, 1))
+            first, second = (self._embed_windows(encoder, self.queries, view) for view in (0, 1))
             return metrics | collapse_gauges(first, second)
         finally:
             encoder.train(training)
 
     def _fit(self, encoder: AudioEncoder) -> None:
-        """Set the encoder's centre and discriminant map by the training clips (`max_gallery` of them)."""
+        """Set the encoder's centre and discriminant map by the training clips (`max_gallery` of them).
+
+        The map also sees augmented windows of them: training has brought the clips as they are closer together than
+        unseen ones of a class will be.
+        """
         if encoder.centre is None or not len(self.gallery):
             return
         training = encoder.training
@@ -78,10 +83,11 @@ class Validator:
         if encoder.discriminant is not None:
             encoder.discriminant.copy_(torch.eye(encoder.dim))
         vectors = self._embed(encoder, self.gallery)
-        encoder.centre.copy_(vectors.mean(0))
         if encoder.discriminant is not None and self.labelled and self._fits_labels:
-            found = discriminant_map(vectors.double().numpy(), self.labels[self.gallery])
-            encoder.discriminant.copy_(torch.from_numpy(found))
+            views = [self._embed_windows(encoder, self.gallery, view) for view in range(FITTED_VIEWS)]
+            rows, labels = torch.cat([vectors, *views]).double(), np.tile(self.labels[self.gallery], 1 + FITTED_VIEWS)
+            encoder.discriminant.copy_(torch.from_numpy(discriminant_map(rows.numpy(), labels)))
+        encoder.centre.copy_(vectors.mean(0))
         encoder.train(training)
 
     def _retrieval(self, encoder: AudioEncoder) -> dict[str, float]:
@@ -110,8 +116,8 @@ class Validator:
 
         return self._shared(encoder, clips, batch)
 
-    def _embed_windows(self, encoder: AudioEncoder, view: int) -> Tensor:
-        """One augmented window of each query, the same ones every time -> float32[Q, D]."""
+    def _embed_windows(self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], view: int) -> Tensor:
+        """One augmented window of each clip, the same ones every time -> float32[len(clips), D]."""
         length = self.augmentation.source_frames(self.window)
 
         def batch(rows: Sequence[int]) -> Tensor:
@@ -126,7 +132,7 @@ class Validator:
             )
             return encoder.embed_spectrogram(encoder.features.finish(views).x)
 
-        return self._shared(encoder, self.queries, batch)
+        return self._shared(encoder, clips, batch)
 
     def _shared(self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], batch: BatchFn) -> Tensor:
         """Each rank embeds its share; everybody gets all rows."""

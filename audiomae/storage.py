@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from upath import UPath
 
 from audiomae import s3
 from audiomae.errors import IntegrityError
+from audiomae.scratch import scratch_dir
 
 CHUNK_BYTES = 1 << 20
 COPY_THREADS = 8
@@ -245,7 +245,7 @@ def fetch_dir(uri: Location) -> Path:
     path = to_path(uri)
     if is_local(path):
         return Path(str(path))
-    target = Path(tempfile.mkdtemp(prefix="audiomae-"))
+    target = scratch_dir("copy")
     copy_tree(path, target)
     return target
 

@@ -13,6 +13,7 @@ from serve.queries import Answer
 from serve.schema import Timing
 
 OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+NO_SPAN = {"query_start_s": None, "query_end_s": None}
 NEAR_DUPLICATE = 0.995  # two items whose vectors are this near sound the same
 
 
@@ -50,18 +51,27 @@ def links(clip: int) -> dict[str, str]:
 
 
 def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[list[dict[str, Any]]]:
-    """The hits of each query, best first, without the padding. Rounding can lift a cosine over 1: cut there."""
+    """The hits of each query, best first, without the padding. Rounding can lift a cosine over 1: cut there.
+
+    An item that many queries find is read once; its hits share what they say of it.
+    """
     scores = np.minimum(hits.scores, 1.0)
-    chances = None if probability is None else probability(scores)
+    chances = np.full(scores.shape, None) if probability is None else probability(scores)
+    distinct, inverse = np.unique(hits.rows, return_inverse=True)
+    entries: Any = inverse.reshape(hits.rows.shape).tolist()
+    padded = int(len(distinct) > 0 and distinct[0] < 0)
+    items = [shown(row) for row in hits.rows_of(distinct[padded:])]
     found = []
-    for query, rows in enumerate(hits.items):
+    for query, (row, row_scores, row_chances) in enumerate(
+        zip(entries, scores.tolist(), chances.tolist(), strict=True)
+    ):
         ranking = []
-        for place, row in enumerate(rows):
-            hit = shown(row)
-            hit["score"] = float(scores[query, place])
-            hit["probability"] = None if chances is None else float(chances[query, place])
-            hit["matches"] = _matches(hits, query, place, hit) if by_file else None
-            hit["query_start_s"] = hit["query_end_s"] = None
+        for number, (entry, score, chance) in enumerate(zip(row, row_scores, row_chances, strict=True)):
+            if entry < padded:
+                break
+            hit = items[entry - padded] | {"score": score, "probability": chance, "matches": None, **NO_SPAN}
+            if by_file:
+                hit["matches"] = _matches(hits, query, number, hit)
             ranking.append(hit)
         found.append(ranking)
     return found

@@ -9,7 +9,6 @@ of a machine share one copy in memory.
 import hashlib
 import io
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from audiomae.artifacts import receipts
 from audiomae.artifacts.receipts import Receipt, entry_of, entry_of_file
 from audiomae.artifacts.shard_cache import FIX, ShardCache, read_receipt, shard_name
 from audiomae.artifacts.tables import map_ahead, read_parquet
+from audiomae.scratch import scratch
 from audiomae.storage import Location, copy_file, list_names, to_path, write_bytes
 
 KEY_ROWS = 1 << 16  # at a time
@@ -77,8 +77,8 @@ def write_shard(cache: str, index: int, uris: Sequence[str], extract: Extract) -
         extract: uri -> its clips; an exception becomes a row with the reason and the job goes on.
     """
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="audiomae-shard-") as folder:
-        with _Growing(Path(folder) / "features.npy") as features:
+    with scratch("features") as folder:
+        with _Growing(folder / "features.npy") as features:
             for uri in uris:
                 before, first = features.frames, len(rows)
                 try:

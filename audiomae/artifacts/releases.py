@@ -43,6 +43,7 @@ from audiomae.artifacts.release_files import fetch as fetch
 from audiomae.artifacts.release_files import verify as verify
 from audiomae.config import nearest
 from audiomae.errors import IntegrityError, ReleaseConflictError, UserError
+from audiomae.scratch import scratch
 from audiomae.storage import Location
 
 FORMAT = 2
@@ -91,12 +92,20 @@ def publish(index_dir: Location, staging: Path, info: Mapping[str, Any], parent:
 @contextmanager
 def staging(index_dir: Location, parent: Release | None = None) -> Iterator[Path]:
     """A local directory to prepare a release in, beside a local INDEX so that publishing renames; removed after."""
+    with work_folder(index_dir, f"{sequence_of(parent):06d}-") as path:
+        yield path
+
+
+@contextmanager
+def work_folder(index_dir: Location, name: str) -> Iterator[Path]:
+    """A local directory to make something for INDEX in, beside a local one so that publishing renames."""
     root = storage.to_path(index_dir)
-    local = storage.is_local(root)
-    if local:
-        root.mkdir(parents=True, exist_ok=True)
-    prefix = f"{STAGING_PREFIX}{sequence_of(parent):06d}-"
-    path = Path(tempfile.mkdtemp(prefix=prefix, dir=str(root) if local else None))
+    if not storage.is_local(root):
+        with scratch("staging") as path:
+            yield path
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{name}", dir=str(root)))
     try:
         yield path
     finally:

@@ -1,7 +1,6 @@
 """Rows whose columns and types are known only once the last was seen: spooled as they come, typed at the end."""
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from audiomae.corpus.columns import EXACT_FLOAT_INTS, check_declared, clean_text, declare, to_text
 from audiomae.corpus.notes import Notes
 from audiomae.corpus.read_as import ReadAs
+from audiomae.scratch import scratch_dir
 
 Row = dict[str, Any]
 LONGEST_EXACT_FLOAT = 16  # characters: at most 15 digits
@@ -78,7 +78,7 @@ class _Spool:
         self.notes = Notes()
         self.count = 0
         self._as_text = as_text
-        self._folder = tempfile.TemporaryDirectory(prefix="audiomae-listing-")
+        self._folder = scratch_dir("listing", self)
 
     def fill(self, chunks: Iterable[list[Row]]) -> None:
         """Take all rows in."""
@@ -112,7 +112,7 @@ class _Spool:
             yield pa.table(columns, schema=schema)
 
     def _file(self, number: int) -> Path:
-        return Path(self._folder.name) / f"{number}.parquet"
+        return self._folder / f"{number}.parquet"
 
     def _column(self, name: str, values: list[Any]) -> pa.Array:
         kinds = {_kind(value) for value in values if value is not None}

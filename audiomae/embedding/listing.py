@@ -6,7 +6,6 @@ prefixes list in order), others cut at common uris, so that each partition is pu
 """
 
 import hashlib
-import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 
 from audiomae.corpus.columns import own_names
 from audiomae.errors import UserError
+from audiomae.scratch import scratch_dir
 
 RUN_ROWS = 1 << 18
 BATCH_ROWS = 1 << 14
@@ -42,17 +42,17 @@ class Listing:
             UserError: nothing was listed.
         """
         self._runs: list[_Run] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="audiomae-listing-")
+        self._folder = scratch_dir("listing", self)
         held: pa.Table | None = None
         for table in _runs_of(batches, frozenset(keep)):
             if held is not None:
-                self._runs.append(_Stored(held, Path(self._folder.name) / f"{len(self._runs)}.arrow"))
+                self._runs.append(_Stored(held, self._folder / f"{len(self._runs)}.arrow"))
             held = table
         if held is None:
             raise UserError("the corpus lists no audio files; check --corpus (a folder, glob, s3:// prefix or listing)")
         self.schema = held.schema
         many = bool(self._runs)
-        self._runs.append(_Stored(held, Path(self._folder.name) / "last.arrow") if many else _Held(held))
+        self._runs.append(_Stored(held, self._folder / "last.arrow") if many else _Held(held))
         self._cuts = self._find_cuts()
         self.duplicates = sum(run.duplicates for run in self._runs)
         self.num_rows = sum(run.num_rows for run in self._runs) - self.duplicates

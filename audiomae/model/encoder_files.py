@@ -4,7 +4,6 @@ The receipt is written last. Encoders of older versions have none: their fingerp
 """
 
 import shutil
-import tempfile
 from typing import Any
 
 from safetensors import SafetensorError
@@ -17,6 +16,7 @@ from audiomae.artifacts import receipts
 from audiomae.artifacts.receipts import RECEIPT_FILE, Receipt
 from audiomae.errors import IntegrityError
 from audiomae.model.text import TextConfig, TextTower
+from audiomae.scratch import scratch
 from audiomae.storage import copy_tree, fetch_dir, is_local, list_sizes, read_bytes, read_json
 
 CONFIG_FILE, WEIGHTS_FILE, TEXT_SUBDIR = "config.json", "model.safetensors", "text"
@@ -74,6 +74,6 @@ def load_text_tower(config: TextConfig, source: UPath | None) -> TextTower:
 
 def save_text_tower(tower: TextTower, target: UPath) -> None:
     """Copy model and tokenizer into the encoder's directory, so that it answers text queries by itself."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("encoder") as folder:
         tower.save(folder)
         copy_tree(folder, target)

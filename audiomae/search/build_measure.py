@@ -1,7 +1,6 @@
 """The steps of a build that look at the whole release to be: recall of held-out queries, search settings, the map."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from audiomae.scratch import scratch
 from audiomae.search import index as ann
 from audiomae.search import segments, tuning
 from audiomae.search.build_steps import held_out
@@ -57,18 +57,18 @@ def _release(task: Task, place: Place, files: tuple[str, ...] | None) -> Iterato
 def draw_map(task: Task, place: Place, deleted: np.ndarray, before: bytes | None) -> bytes:
     """The content of `map.parquet`."""
     needed = None if before is None else (segments.IDS_FILE,)
-    with _release(task, place, needed) as (folders, _), tempfile.TemporaryDirectory() as work:
+    with _release(task, place, needed) as (folders, _), scratch("map") as work:
         ids = np.concatenate([np.load(folder / segments.IDS_FILE, mmap_mode="r") for folder in folders])
         if before is not None:
             table = pq.read_table(pa.BufferReader(before))
             gone = np.isin(table.column("id").to_numpy(), ids[deleted])
-            pq.write_table(table.filter(pa.array(~gone)), Path(work) / MAP_FILE, compression="zstd")
+            pq.write_table(table.filter(pa.array(~gone)), work / MAP_FILE, compression="zstd")
         else:
             live = np.ones(len(ids), bool)
             live[deleted] = False
             rows = _Rows([ann.RowStore(folder / ann.VECTORS_FILE).rows for folder in folders])
-            write_map(Path(work), ids, ItemsTable(folders).groups("uri"), rows, live)  # type: ignore[arg-type]
-        return (Path(work) / MAP_FILE).read_bytes()
+            write_map(work, ids, ItemsTable(folders).groups("uri"), rows, live)  # type: ignore[arg-type]
+        return (work / MAP_FILE).read_bytes()
 
 
 class _Rows:

@@ -1,7 +1,5 @@
 """The pieces that a build makes on its way: each a directory of its own, finished when its receipt is there."""
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from upath import UPath
 from audiomae import storage
 from audiomae.artifacts import receipts, releases
 from audiomae.errors import IntegrityError
+from audiomae.scratch import scratch
 from audiomae.search.plan import Part, SegmentPlan
 from audiomae.search.spec import IndexSpec
 
@@ -54,16 +53,9 @@ def make_piece(place: Place, name: str, write: Callable[[Path], dict[str, Any]])
             return dict(done[0].facts)
         except IntegrityError:
             receipts.withdraw(place.path(name) / receipts.RECEIPT_FILE)
-    root = storage.to_path(place.index)
-    local = storage.is_local(root)
-    if local:
-        root.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{releases.STAGING_PREFIX}{place.prefix}-", dir=str(root) if local else None))
-    try:
+    with releases.work_folder(place.index, f"{place.prefix}-") as work:
         facts = write(work)
         releases.create_piece(place.index, name, work, facts)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return facts
 
 
@@ -91,14 +83,11 @@ def local_copy(path: UPath, files: tuple[str, ...] | None) -> Iterator[Path]:
     if storage.is_local(path):
         yield Path(str(path))
         return
-    target = Path(tempfile.mkdtemp(prefix="audiomae-piece-"))
-    try:
+    with scratch("piece") as target:
         for name in storage.list_names(path):
             if files is None or name in files:
                 storage.copy_file(path / name, target / name)
         yield target
-    finally:
-        shutil.rmtree(target, ignore_errors=True)
 
 
 @contextmanager

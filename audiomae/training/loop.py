@@ -7,7 +7,6 @@ what an undisturbed one computes from step k, given the same number of workers a
 
 import contextlib
 import math
-import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +27,7 @@ from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.errors import ConfigError
 from audiomae.model.devices import pick_precision
 from audiomae.model.encoder import AudioEncoder
+from audiomae.scratch import scratch
 from audiomae.storage import list_sizes
 from audiomae.training import schedule
 from audiomae.training.augment import augment
@@ -328,7 +328,7 @@ class TrainLoop:
     def _report(self, metrics: dict[str, Any]) -> None:
         if rank() != 0:
             return self.host.report(metrics, None)
-        with tempfile.TemporaryDirectory(prefix="audiomae-checkpoint-") as folder:
+        with scratch("checkpoint") as folder:
             self._save(Path(folder))
             self.host.report({"step": self.step} | metrics, Path(folder))
 

@@ -98,6 +98,8 @@ def selected(rows: Mapping[str, Row], only: Sequence[str] | None) -> list[str]:
 def config_trees(rows: Mapping[str, Row], recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The training recipe of each row as a plain tree: the keys of `recipe`, then the changes down its lineage.
 
+    The fold that asks is held out of each run, so nothing else is, but for a recipe that picks its best checkpoint.
+
     Raises:
         ConfigError: naming the row whose config is not valid.
     """
@@ -105,9 +107,11 @@ def config_trees(rows: Mapping[str, Row], recipe: Mapping[str, Any]) -> dict[str
     for name, row in rows.items():
         trees[name] = merged(recipe if row.parent is None else trees[row.parent], row.changes)
         try:
-            build_config(Recipe, trees[name])
+            config = build_config(Recipe, trees[name])
         except ConfigError as error:
             raise ConfigError(f"row {name}: {error}") from None
+        if config.export == "last":
+            trees[name] = merged(trees[name], {"data": {"val_fraction": 0.0}})
     return trees
 
 

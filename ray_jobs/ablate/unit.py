@@ -1,7 +1,6 @@
 """One measurement of an ablation, as one Ray task: train on all folds but one, embed everything, let that fold ask."""
 
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from audiomae.errors import DecodeError, IntegrityError
 from audiomae.evaluation.baselines import SAMPLE_RATE, centred, logmel_statistics, mfcc_statistics
 from audiomae.metrics import Labelled, mean_values, score_protocol
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
+from audiomae.scratch import scratch
 from audiomae.storage import copy_tree, list_sizes, to_path
 from audiomae.training.clips import build_items
 from audiomae.training.loop import ENCODER_DIR, TrainLoop
@@ -135,7 +135,7 @@ def _encoder(
         start = encoder_dir(out, unit["parent"], unit)
         config = config.model_copy(update={"init": str(start)})
     assert cached is not None, "methods that train get a feature cache"
-    with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
+    with scratch("ablation") as folder:
         host = _KeepEncoders(Path(folder))
         about = _train(config, listing, cached, host)
         chosen = host.chosen(config.export)

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from audiomae.cli import Progress, waiting
 from audiomae.config import build_config, dump_config, flat
 from audiomae.errors import ConfigError, IntegrityError, UserError
 from audiomae.model.encoder_config import FeatureConfig
+from audiomae.scratch import scratch_dir
 from audiomae.storage import (
     arrow_filesystem,
     copy_tree,
@@ -255,7 +255,7 @@ class _Board:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
-        self._local = Path(folder) if is_local(folder) else Path(tempfile.mkdtemp(prefix="audiomae-tensorboard-"))
+        self._local = Path(folder) if is_local(folder) else scratch_dir("tensorboard")
         self._writer = SummaryWriter(str(self._local), purge_step=first)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -54,6 +54,13 @@ def test_a_unit_leaves_its_fold_out_and_carries_its_seed(folder):
     assert len({u.key for u in units}) == 4
 
 
+def test_nothing_else_is_held_out_but_where_a_checkpoint_is_picked_by_it(folder):
+    rows = load_rows(folder(base={"parent": None}))
+    for export, expected in (("last", 0.0), ("best", 0.25)):
+        (unit, *_) = units_of(rows, sets=["data.val_fraction=0.25", f"export={export}"])
+        assert unit.config["data"]["val_fraction"] == expected
+
+
 def test_the_key_changes_with_what_decides_the_result_and_with_nothing_else(folder):
     path = folder(
         base={"parent": None},

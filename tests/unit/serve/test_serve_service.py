@@ -51,7 +51,8 @@ class Catalogue:
         order = np.argsort(-scores, axis=1)[:, :k]
         return SimpleNamespace(
             scores=np.take_along_axis(scores, order, axis=1),
-            items=[[dict(ROWS[ids[place]]) for place in places] for places in order],
+            rows=order,
+            rows_of=lambda rows: [dict(ROWS[ids[row]]) for row in rows],
             windows=None,
             missing=(),
         )

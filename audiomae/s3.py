@@ -45,7 +45,7 @@ MISSING = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
 DENIED = ("403", "AccessDenied", "Forbidden")
 
 
-class Entry(NamedTuple):
+class StoredObject(NamedTuple):
     """One object of a listing: its name below the prefix, size in bytes, ETag."""
 
     name: str
@@ -93,14 +93,14 @@ def read(uri: str, start: int = 0, count: int | None = None, limit: int | None =
     return _asked(uri, get)
 
 
-def head(uri: str) -> Entry | None:
+def head(uri: str) -> StoredObject | None:
     """Size and ETag of an object that is not to be read now; None when there is none."""
     bucket, key = split(uri)
     try:
         reply = _asked(uri, lambda: client().head_object(Bucket=bucket, Key=key))
     except FileNotFoundError:
         return None
-    return Entry(key.rpartition("/")[2], reply["ContentLength"], reply["ETag"].strip('"'))
+    return StoredObject(key.rpartition("/")[2], reply["ContentLength"], reply["ETag"].strip('"'))
 
 
 def write(uri: str, data: bytes, if_absent: bool = False) -> bool:
@@ -122,13 +122,13 @@ def write(uri: str, data: bytes, if_absent: bool = False) -> bool:
     return _asked(uri, put)
 
 
-def list_objects(uri: str) -> Iterator[Entry]:
+def list_objects(uri: str) -> Iterator[StoredObject]:
     """Every object below `s3://bucket/prefix/`, in the order of its key."""
     bucket, prefix = _prefix(uri)
     for page in _pages(uri, Bucket=bucket, Prefix=prefix):
         for item in page.get("Contents", []):
             if not item["Key"].endswith("/"):  # the folder markers of S3 consoles
-                yield Entry(item["Key"].removeprefix(prefix), item["Size"], item["ETag"].strip('"'))
+                yield StoredObject(item["Key"].removeprefix(prefix), item["Size"], item["ETag"].strip('"'))
 
 
 def list_names(uri: str) -> list[str]:

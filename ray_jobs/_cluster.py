@@ -25,7 +25,7 @@ HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True)
-class Request:
+class NodeRequest:
     """What one task or actor asks of the node it runs on.
 
     Attributes:
@@ -80,7 +80,7 @@ def node_types() -> list[dict[str, float]]:
     return [resources for resources, _ in _node_types()]
 
 
-def room_for(request: Request) -> int | None:
+def room_for(request: NodeRequest) -> int | None:
     """How many of these the cluster has room for, or may get room for; `None` where nobody can tell.
 
     Without an autoscaler nodes can only be added by hand: room for twice as many as now.
@@ -114,7 +114,7 @@ def _node_types() -> list[tuple[dict[str, float], int]]:
     return []
 
 
-def offers(request: Request) -> bool:
+def offers(request: NodeRequest) -> bool:
     """Whether the cluster has room for the request on some node, or its autoscaler would start one."""
     if any(request.count_on(node) for node in [*nodes(), *node_types()]):
         return True
@@ -123,10 +123,10 @@ def offers(request: Request) -> bool:
 
 def offers_gpus() -> bool:
     """Whether the cluster has a GPU, or would start a node with one."""
-    return offers(Request({"GPU": 0.01}))
+    return offers(NodeRequest({"GPU": 0.01}))
 
 
-def autoscaler_gives(request: Request) -> bool | None:
+def autoscaler_gives(request: NodeRequest) -> bool | None:
     """Whether the autoscaler would start a node for the request; `None` when there is none that answers.
 
     It is asked as anything is asked of it, by a task that waits for the resources. It says of each that waits whether
@@ -171,7 +171,7 @@ def _nothing() -> None:
 
 
 @contextmanager
-def hint(request: Request, count: int) -> Iterator[None]:
+def hint(request: NodeRequest, count: int) -> Iterator[None]:
     """Let the autoscaler see a demand for `count` more of these, as tasks that wait while the block runs.
 
     Each ends as soon as there is room for it, so none takes anything from the work that it announces.
@@ -186,7 +186,7 @@ def hint(request: Request, count: int) -> Iterator[None]:
 
 
 @contextmanager
-def notice_of_waiting(request: Request, most: int = 1) -> Iterator[None]:
+def notice_of_waiting(request: NodeRequest, most: int = 1) -> Iterator[None]:
     """While the block runs, say on stderr when no node of the cluster could run the request, and when one can."""
     stop = threading.Event()
     watch = threading.Thread(target=_watch, args=(request, most, stop), name="waiting-for-nodes", daemon=True)
@@ -198,7 +198,7 @@ def notice_of_waiting(request: Request, most: int = 1) -> Iterator[None]:
         watch.join()
 
 
-def _watch(request: Request, most: int, stop: threading.Event) -> None:
+def _watch(request: NodeRequest, most: int, stop: threading.Event) -> None:
     began = time.monotonic()
     said = None
     while not stop.wait(0.5):

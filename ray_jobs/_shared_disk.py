@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from audiomae.errors import UserError
 from audiomae.storage import is_local, to_path
-from ray_jobs._cluster import Request, notice_of_waiting
+from ray_jobs._cluster import NodeRequest, notice_of_waiting
 
 ENCODER_KINDS = ("official:", "timm:local-dir:")
 ANSWER_S = 60.0
@@ -21,7 +21,7 @@ MOST_NODES = 16
 
 
 def check_shared_disk(
-    reads: Mapping[str, str | None], writes: Mapping[str, str | None], request: Request | None = None
+    reads: Mapping[str, str | None], writes: Mapping[str, str | None], request: NodeRequest | None = None
 ) -> None:
     """Refuse what lies on a disk of this machine and is not seen from the cluster's other nodes.
 
@@ -39,12 +39,12 @@ def check_shared_disk(
         return
     others = [_pinned(node) for node in _other_nodes()][:MOST_NODES]
     if not others and not _head_works():
-        others = [(request or Request({"CPU": 1})).options]  # the first node that joins
+        others = [(request or NodeRequest({"CPU": 1})).options]  # the first node that joins
     if not others:
         return
     with _markers(targets) as markers:
         sought = {**given, **markers}
-        with notice_of_waiting(request or Request({"CPU": 1})):
+        with notice_of_waiting(request or NodeRequest({"CPU": 1})):
             answers = [
                 ray.remote(_unseen).options(max_retries=0, **options).remote(list(sought.values()))
                 for options in others

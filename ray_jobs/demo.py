@@ -16,7 +16,7 @@ from ray_jobs.pipeline import pipeline
 if TYPE_CHECKING:
     from audiomae import AudioEncoder
     from audiomae.training.recipe import Recipe
-    from ray_jobs.demo_queries import Answer
+    from ray_jobs.demo_queries import DemoAnswer
 
 COMMAND = Command(
     script="ray_jobs/demo.py",
@@ -93,7 +93,7 @@ def untrained_encoder(recipe: "Recipe", directory: Path) -> str:
     return str(directory)
 
 
-def ask_service(index: Path, port: int, queries: str) -> "list[Answer]":
+def ask_service(index: Path, port: int, queries: str) -> "list[DemoAnswer]":
     """Serve the index on loopback, send every query over HTTP, shut the service down."""
     from ray import serve
 

@@ -38,7 +38,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Answer:
+class DemoAnswer:
     """What came back: labels and scores best first, and the milliseconds from request to answer."""
 
     query: Query
@@ -52,7 +52,7 @@ class Answer:
         return bool(self.labels) and self.labels[0] == self.query.label
 
 
-def send(config: QueryConfig) -> list[Answer]:
+def send(config: QueryConfig) -> list[DemoAnswer]:
     """Send the queries, print the table, write the counts where they are wanted."""
     queries = labelled_queries(config.queries, config.label)
     answers = ask_all(config.url, queries[: config.limit], config.k, config.label)
@@ -87,7 +87,7 @@ def labelled_queries(src: str, label: str = "label") -> list[Query]:
     return queries
 
 
-def ask_all(url: str, queries: list[Query], k: int = 5, label: str = "label") -> list[Answer]:
+def ask_all(url: str, queries: list[Query], k: int = 5, label: str = "label") -> list[DemoAnswer]:
     """Send every query to the service at `url`; a request that fails for a passing reason is sent again.
 
     Raises:
@@ -99,7 +99,7 @@ def ask_all(url: str, queries: list[Query], k: int = 5, label: str = "label") ->
         return list(_answers(client, queries, k, label))
 
 
-def table(answers: list[Answer]) -> str:
+def table(answers: list[DemoAnswer]) -> str:
     """A text table of queries, their top hits with scores, right or wrong, and R@1 below."""
     width = max((len(answer.query.uri) for answer in answers), default=5)
     lines = [f"{'query':{width}}  {'class':12}  {'':5}  top hits (cosine)"]
@@ -117,7 +117,7 @@ def table(answers: list[Answer]) -> str:
     return "\n".join(lines)
 
 
-def summary(answers: list[Answer]) -> dict[str, Any]:
+def summary(answers: list[DemoAnswer]) -> dict[str, Any]:
     """Counts, R@1 and the median answer time as plain values."""
     times = sorted(answer.milliseconds for answer in answers)
     right = sum(answer.right for answer in answers)
@@ -129,7 +129,7 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def _answers(client: "httpx.Client", queries: list[Query], k: int, label: str) -> Iterator[Answer]:
+def _answers(client: "httpx.Client", queries: list[Query], k: int, label: str) -> Iterator[DemoAnswer]:
     for query in queries:
         data = _read(query)
         started = time.perf_counter()
@@ -137,7 +137,7 @@ def _answers(client: "httpx.Client", queries: list[Query], k: int, label: str) -
         milliseconds = (time.perf_counter() - started) * 1000
         results = body["results"]
         labels = [str(hit["item"].get(label)) for hit in results]
-        yield Answer(query, labels, [hit["score"] for hit in results], milliseconds)
+        yield DemoAnswer(query, labels, [hit["score"] for hit in results], milliseconds)
 
 
 def _post(client: "httpx.Client", name: str, data: bytes, k: int) -> dict[str, Any]:

@@ -62,11 +62,11 @@ def create_app(service: SearchService, metrics: ApiMetrics, backstage: Backstage
     add_item_routes(app, service)
     _operation_routes(app, service, backstage)
     openapi.install(app, lambda: service.release.last)
-    app.router.routes.append(Page(list(app.routes)))
+    app.router.routes.append(StaticPage(list(app.routes)))
     return app
 
 
-class Page(Mount):
+class StaticPage(Mount):
     """The page at `/`, for every path that no route of the API has: those answer 405 to other methods themselves."""
 
     def __init__(self, others: Sequence[BaseRoute]) -> None:

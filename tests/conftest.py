@@ -16,6 +16,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # the suite's processes share few cores: threads of one would wait for those of another
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),  # of Ray's workers
     RAY_prestart_worker_first_driver="0",  # workers start when there is work for them
+    RAY_worker_niceness="0",  # tests wait for them, so they do not come after everything else
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_raylet_start_wait_time_s="180",  # of a busy machine

@@ -22,7 +22,7 @@ OPUS_MS = (10, 20, 40, 60) * 3 + (10, 20) * 2 + (2.5, 5, 10, 20) * 4
 """Frame length by the configuration number of an Opus packet."""
 
 
-class Page(NamedTuple):
+class OggPage(NamedTuple):
     """A page's header; `body` and `end` are offsets, `packets` how many packets end in it."""
 
     flags: int
@@ -75,15 +75,15 @@ def _checksum(page: bytes) -> bytes:
     return crc.to_bytes(4, "little")
 
 
-def _pages(data: Any) -> Iterator[Page]:
-    """Page after page, as long as one follows the other."""
+def _pages(data: Any) -> Iterator[OggPage]:
+    """OggPage after page, as long as one follows the other."""
     at = 0
     while at + 27 <= len(data) and data[at : at + 4] == b"OggS":
         _, flags, granule, serial, number, _, segments = PAGE.unpack_from(data, at)
         lacing = data[at + 27 : at + 27 + segments]
         body = at + 27 + segments
         at = body + sum(lacing)
-        yield Page(flags, granule, serial, number, segments - lacing.count(b"\xff"), body, at)
+        yield OggPage(flags, granule, serial, number, segments - lacing.count(b"\xff"), body, at)
 
 
 def _irregular(data: Any) -> str | None:
@@ -107,14 +107,14 @@ def _irregular(data: Any) -> str | None:
 class _Stream:
     """One logical stream, followed from page to page."""
 
-    def __init__(self, first: Page, head: bytes) -> None:
+    def __init__(self, first: OggPage, head: bytes) -> None:
         self._number, self._granule = first.number, -1
         self._is_opus = head.startswith(b"OpusHead")
         self._most = 0
         if head.startswith(b"\x01vorbis") and len(head) > 28:
             self._most = (1 << (head[28] >> 4)) // 2
 
-    def follows(self, page: Page, packet: bytes) -> str | None:
+    def follows(self, page: OggPage, packet: bytes) -> str | None:
         """Why this page is not the continuation of the last one."""
         if page.number != (self._number + 1) & 0xFFFFFFFF:
             return f"pages of the Ogg stream are missing after number {self._number}"

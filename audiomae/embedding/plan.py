@@ -216,7 +216,7 @@ def new_plan(
     request: PlanRequest,
 ) -> Plan:
     """Plan a first run and put it in force (or return the one that another driver put in force first)."""
-    writer = ItemsWriter(out, 0)
+    writer = PlanWriter(out, 0)
     packer = Packer(request.shard_cost_s)
     manifest = ManifestHash()
     for part in listing.partitions():
@@ -281,7 +281,7 @@ def _items_file(out: str, name: str, sha256: str | None) -> pq.ParquetFile:
     return pq.ParquetFile(pa.BufferReader(data))
 
 
-class ItemsWriter:
+class PlanWriter:
     """Writes the items of new shards, in order, to items files of `SHARDS_PER_FILE` row groups, a few at once.
 
     Args:

@@ -31,10 +31,10 @@ from audiomae.artifacts.tables import DECODE_NOTE, embedding_schema, read_parque
 from audiomae.config import StrictConfig
 from audiomae.embedding.listing import Listing, ManifestHash
 from audiomae.embedding.plan import (
-    ItemsWriter,
     Packer,
     Plan,
     PlanRequest,
+    PlanWriter,
     Probe,
     ShardEntry,
     build_items,
@@ -48,7 +48,7 @@ from audiomae.errors import IntegrityError
 from audiomae.storage import to_path
 
 
-class Difference(StrictConfig):
+class CorpusDifference(StrictConfig):
     """How a corpus listing differs from the manifest in force (lists of uris), and what is to be tried again."""
 
     new: list[str] = []
@@ -69,13 +69,13 @@ class Difference(StrictConfig):
         return "; ".join(parts + ([self.columns] if self.columns else []))
 
 
-def difference(out: str | UPath, plan: Plan, listing: Listing) -> Difference:
+def difference(out: str | UPath, plan: Plan, listing: Listing) -> CorpusDifference:
     """What a fresh listing says against the items of the plan in force; content identity decides what changed.
 
     Both go by in the order of their uris, a partition at a time.
     """
     planned = planned_listing(out, plan)
-    parts: list[Difference] = []
+    parts: list[CorpusDifference] = []
     bounds: list[str | None] = [None]
     waiting: pa.Table | None = None
     for table in listing.partitions():
@@ -93,10 +93,10 @@ def difference(out: str | UPath, plan: Plan, listing: Listing) -> Difference:
     )
     notes = [f"columns added: {', '.join(added)}"] if added else []
     notes += [f"columns gone: {', '.join(removed)}"] if removed else []
-    return Difference(**lists, columns="; ".join(notes))
+    return CorpusDifference(**lists, columns="; ".join(notes))
 
 
-def _difference(old: pa.Table, listing: pa.Table) -> Difference:
+def _difference(old: pa.Table, listing: pa.Table) -> CorpusDifference:
     """Of one partition, but for columns that came or went."""
     where = pc.index_in(listing["uri"], old["uri"].combine_chunks())
     common = listing.filter(pc.is_valid(where))
@@ -106,7 +106,7 @@ def _difference(old: pa.Table, listing: pa.Table) -> Difference:
     for name in extra_columns(listing):
         if name in old.column_names:
             same_columns &= _equal(common[name], match[name])
-    return Difference(
+    return CorpusDifference(
         new=listing.filter(pc.is_null(where))["uri"].to_pylist(),
         changed=common.filter(pa.array(~same_content))["uri"].to_pylist(),
         vanished=old.filter(pc.invert(pc.is_in(old["uri"], listing["uri"].combine_chunks())))["uri"].to_pylist(),
@@ -120,7 +120,7 @@ def updated_plan(
     listing: Listing,
     probe: Probe,
     request: PlanRequest,
-    diff: Difference,
+    diff: CorpusDifference,
 ) -> Plan:
     """The next generation: new, changed and failed files go into new shards, everything else keeps its embeddings.
 
@@ -137,7 +137,7 @@ def updated_plan(
     committed = committed_shards(out)
     bases = {entry.name: entry.name if entry.name in committed else entry.base for entry in plan.shards}
     changing = [entry for entry in plan.shards if entry.name in touched]
-    writer = ItemsWriter(out, generation)
+    writer = PlanWriter(out, generation)
     for number, entry in enumerate(changing):
         items = read_shard_items(str(out), entry)
         items = items.filter(pc.invert(pc.is_in(items["uri"], dropped)))

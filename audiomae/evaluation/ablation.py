@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from audiomae.evaluation.compare import Comparison, holm, paired_test
+from audiomae.evaluation.compare import PairedComparison, holm, paired_test
 
 METRICS = ("mAP", "R@1")
 Run = tuple[str, int]  # fold, seed
@@ -63,7 +63,7 @@ class Difference:
     mean: dict[str, float]
     std: dict[str, float]
     relative: float
-    test: Comparison
+    test: PairedComparison
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

@@ -32,7 +32,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """``first`` against ``second`` on the same queries; ``difference`` = mean(first - second)."""
 
     num_queries: int
@@ -90,7 +90,7 @@ def paired_test(
     clusters: npt.ArrayLike | None = None,
     resamples: int = 10_000,
     seed: int = 0,
-) -> Comparison:
+) -> PairedComparison:
     """Is the mean per-query difference of two runs more than chance?
 
     The two-sided p-value is that of the sign-flip permutation test on paired differences, which for retrieval needs no
@@ -112,7 +112,7 @@ def paired_test(
     a, b = a[known], b[known]
     sums, counts = _cluster_totals(a - b, groups)
     interval = bootstrap_mean(a - b, clusters=groups, resamples=resamples, seed=seed)
-    return Comparison(
+    return PairedComparison(
         num_queries=len(a),
         mean_first=float(a.mean()),
         mean_second=float(b.mean()),

@@ -105,7 +105,7 @@ def project_2d(vectors: npt.NDArray[np.float32], method: str, seed: int) -> npt.
 
 
 @dataclass(frozen=True)
-class Sound:
+class Picture:
     """A clip to draw: float32[S] mono samples (empty = could not be read), what to write above it, right or wrong."""
 
     samples: npt.NDArray[np.float32]
@@ -113,7 +113,7 @@ class Sound:
     right: bool | None  # None = the query itself
 
 
-def spectrogram_row(sounds: Sequence[Sound], sample_rate: int) -> bytes:
+def spectrogram_row(sounds: Sequence[Picture], sample_rate: int) -> bytes:
     """Log-mel spectrograms side by side: the query, then what it retrieved, green when right and red when wrong."""
     figure = Figure(figsize=(3.0 * len(sounds), 2.5), layout="constrained")
     for sound, axes in zip(sounds, figure.subplots(1, len(sounds), squeeze=False)[0], strict=True):
@@ -121,7 +121,7 @@ def spectrogram_row(sounds: Sequence[Sound], sample_rate: int) -> bytes:
     return _png(figure)
 
 
-def _spectrogram(axes: Axes, sound: Sound, sample_rate: int) -> None:
+def _spectrogram(axes: Axes, sound: Picture, sample_rate: int) -> None:
     colour = INK if sound.right is None else RIGHT if sound.right else WRONG
     axes.set_title(sound.title, fontsize=9, color=colour)
     for spine in axes.spines.values():

@@ -149,7 +149,9 @@ def _worst(run: RunResult, place: int, read_span: ReadSpan, retrieved: int) -> W
         right = None if rank == 0 else bool(rows.labels[row] == rows.labels[query])
         about = "query" if rank == 0 else f"{rank}. cos {scores.top_scores[place, rank - 1]:.3f}"
         drawn.append(
-            plots.Sound(np.zeros(0, np.float32) if samples is None else samples, f"{about}: {rows.labels[row]}", right)
+            plots.Picture(
+                np.zeros(0, np.float32) if samples is None else samples, f"{about}: {rows.labels[row]}", right
+            )
         )
         if samples is not None and len(samples):
             audible.append((f"{about}: {rows.labels[row]} ({rows.uris[row]} at {start:g} s)", _mp3(samples)))

@@ -97,7 +97,7 @@ def compare_runs(first: RunResult, others: Sequence[RunResult]) -> list[dict[str
     """Paired tests of ``first`` against each other run on the queries both answered, for AP and R@1.
 
     Returns one dict per run and metric: ``first``, ``second``, ``metric``, the fields of
-    :class:`audiomae.evaluation.compare.Comparison` and ``p_holm``, corrected over the runs.
+    :class:`audiomae.evaluation.compare.PairedComparison` and ``p_holm``, corrected over the runs.
 
     Raises:
         ValueError: when a run shares no query with ``first``.

@@ -66,12 +66,12 @@ def draw_map(task: Task, place: Place, deleted: np.ndarray, before: bytes | None
         else:
             live = np.ones(len(ids), bool)
             live[deleted] = False
-            rows = _Rows([ann.RowStore(folder / ann.VECTORS_FILE).rows for folder in folders])
+            rows = _SegmentRows([ann.RowStore(folder / ann.VECTORS_FILE).rows for folder in folders])
             write_map(work, ids, ItemsTable(folders).groups("uri"), rows, live)  # type: ignore[arg-type]
         return (work / MAP_FILE).read_bytes()
 
 
-class _Rows:
+class _SegmentRows:
     """The mapped rows of several segments, to be indexed by an ascending array of row numbers."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:

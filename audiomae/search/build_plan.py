@@ -27,7 +27,7 @@ BUCKETS = 16  # ids are hashes: a sixteenth of them is compared at a time
 
 
 @dataclass
-class _Rows:
+class _NewRows:
     """The rows that are not indexed yet, in build order, while the plan is made."""
 
     slices: list[Slice] = field(default_factory=list)
@@ -72,7 +72,7 @@ def make_plan(
     notes: list[str] = []
     _remove_sets(request.remove, corpora, old)
     blocked = _new_blocked(old, request, notes)
-    new = _Rows()
+    new = _NewRows()
     for embeddings in sets:
         _add_set(embeddings, corpora, new, old)
     missing = old.restore(np.setdiff1d(np.intersect1d(request.undelete, old.blocked), blocked))
@@ -132,7 +132,7 @@ def _remove_sets(names: Sequence[str], corpora: list[dict[str, Any]], old: Index
         corpora[numbers[0]] = corpora[numbers[0]] | {"shards": []}
 
 
-def _add_set(embeddings: EmbeddingSet, corpora: list[dict[str, Any]], new: _Rows, old: Indexed) -> None:
+def _add_set(embeddings: EmbeddingSet, corpora: list[dict[str, Any]], new: _NewRows, old: Indexed) -> None:
     known = {sha for entry in corpora for sha in entry["shards"]}
     path = str(embeddings.path)
     receipts = list(embeddings.receipts.values())
@@ -145,7 +145,7 @@ def _add_set(embeddings: EmbeddingSet, corpora: list[dict[str, Any]], new: _Rows
         corpora.append({"root": embeddings.corpus_root, "embeddings": path, "shards": [], **windows})
     shards = [receipt.sha256 for receipt in receipts]
     if set(corpora[number]["shards"]) - set(shards):  # the set was updated: what it no longer has is not found any more
-        current = _Rows(ids=list(_read_ids(embeddings, receipts))).take_ids()
+        current = _NewRows(ids=list(_read_ids(embeddings, receipts))).take_ids()
         current.sort()
         old.delete_corpus(number, current)
     corpora[number]["shards"] = shards
@@ -169,7 +169,7 @@ def _read_ids(embeddings: EmbeddingSet, receipts: Sequence[ShardReceipt]) -> Ite
 
 
 def _rows_to_add(
-    new: _Rows,
+    new: _NewRows,
     old: Indexed,
     corpora: Sequence[dict[str, Any]],
     blocked: np.ndarray,
@@ -193,7 +193,11 @@ def _rows_to_add(
 
 
 def _read_again(
-    sets: Sequence[EmbeddingSet], missing: np.ndarray, corpora: Sequence[dict[str, Any]], new: _Rows, notes: list[str]
+    sets: Sequence[EmbeddingSet],
+    missing: np.ndarray,
+    corpora: Sequence[dict[str, Any]],
+    new: _NewRows,
+    notes: list[str],
 ) -> None:
     """Rows that a merge had dropped come from their embedding sets again."""
     found, fresh = np.zeros(0, np.int64), {piece.sha256 for piece in new.slices}

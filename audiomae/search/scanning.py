@@ -117,7 +117,7 @@ class Outline:
         return lists
 
 
-class Segment(Outline):
+class StoredSegment(Outline):
     """A segment that is searched here, or a part of it.
 
     Args:
@@ -165,7 +165,7 @@ class Piece:
 
     number: int
     start: int
-    segment: Segment
+    segment: StoredSegment
 
     def selection(self, allowed: Allowed) -> Selection | None:
         """What of the segment may be found; None for all of it."""
@@ -315,7 +315,7 @@ def top(by: np.ndarray, k: int, rows: np.ndarray, *columns: np.ndarray) -> tuple
 
 def open_segments(directories: Sequence[Path], quantiser: Quantiser | None, kind: str) -> list[Piece]:
     """All segments of a release, whole."""
-    segments = [Segment(directory, quantiser, kind) for directory in directories]
+    segments = [StoredSegment(directory, quantiser, kind) for directory in directories]
     starts = np.cumsum([0, *(segment.num_rows for segment in segments)])
     return [Piece(number, int(starts[number]), segment) for number, segment in enumerate(segments)]
 

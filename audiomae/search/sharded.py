@@ -26,7 +26,7 @@ from audiomae.artifacts import releases
 from audiomae.artifacts.releases import Release
 from audiomae.search.index import INDEX_FILE, LISTS_FILE, VECTORS_FILE, Ranked, Selection
 from audiomae.search.indexed import segment_folders, segment_rows
-from audiomae.search.scanning import Candidates, Piece, Probe, Scanner, Segment, Sieve, best, top
+from audiomae.search.scanning import Candidates, Piece, Probe, Scanner, Sieve, StoredSegment, best, top
 from audiomae.search.searcher import open_quantiser
 from audiomae.search.spec import IndexSpec
 
@@ -38,7 +38,7 @@ class ShardMissingError(Exception):
 
 
 @dataclass(frozen=True)
-class Part:
+class SegmentPart:
     """Share `part` = (number, of how many) of a segment."""
 
     segment: int
@@ -66,7 +66,7 @@ class Divided:
     pool: ThreadPoolExecutor
 
 
-def divide(rows: Sequence[int], shards: int, divisible: bool) -> list[list[Part]]:
+def divide(rows: Sequence[int], shards: int, divisible: bool) -> list[list[SegmentPart]]:
     """What each shard has of segments with so many rows: about as many rows each, whole segments where they allow it.
 
     Args:
@@ -78,8 +78,8 @@ def divide(rows: Sequence[int], shards: int, divisible: bool) -> list[list[Part]
     parts = []
     for number, count in enumerate(rows):
         of = max(1, math.ceil(count / fair)) if divisible else 1
-        parts += [(count / of, Part(number, (place, of))) for place in range(of)]
-    found: list[list[Part]] = [[] for _ in range(shards)]
+        parts += [(count / of, SegmentPart(number, (place, of))) for place in range(of)]
+    found: list[list[SegmentPart]] = [[] for _ in range(shards)]
     loads = [0.0] * shards
     for size, part in sorted(parts, key=lambda pair: -pair[0]):  # the largest first, to who has least
         least = loads.index(min(loads))
@@ -88,7 +88,7 @@ def divide(rows: Sequence[int], shards: int, divisible: bool) -> list[list[Part]
     return [sorted(mine, key=lambda part: (part.segment, part.part)) for mine in found]
 
 
-def divide_release(release: Release, shards: int) -> list[list[Part]]:
+def divide_release(release: Release, shards: int) -> list[list[SegmentPart]]:
     """`divide` for the segments of a release."""
     kind = release.info["spec"]["kind"]
     return divide(
@@ -122,7 +122,11 @@ def open_shard(release: Release, number: int, shards: int) -> Scanner:
     quantiser = open_quantiser([folder for _, folder, _ in found], trained, spec) if mine else None
     starts = np.cumsum([0, *(rows for _, _, rows in found)])
     pieces = [
-        Piece(part.segment, int(starts[part.segment]), Segment(found[part.segment][1], quantiser, spec.kind, part.part))
+        Piece(
+            part.segment,
+            int(starts[part.segment]),
+            StoredSegment(found[part.segment][1], quantiser, spec.kind, part.part),
+        )
         for part in mine
     ]
     return Scanner(pieces, int(release.info["dim"]))
@@ -167,7 +171,11 @@ class Shards:
     """
 
     def __init__(
-        self, asks: Mapping[str, Ask], parts: Sequence[Sequence[Part]], starts: np.ndarray, pool: ThreadPoolExecutor
+        self,
+        asks: Mapping[str, Ask],
+        parts: Sequence[Sequence[SegmentPart]],
+        starts: np.ndarray,
+        pool: ThreadPoolExecutor,
     ) -> None:
         self._asks, self._starts, self._pool = dict(asks), starts, pool
         self._parts = dict(zip(asks, parts, strict=True))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ray_jobs import _cluster
-from ray_jobs._cluster import Request
+from ray_jobs._cluster import NodeRequest
 from ray_jobs._placement import PlacementConfig
 
 MOST_WORKERS = 1024  # of one job: each that waits for its node is an actor that waits
@@ -25,9 +25,9 @@ class Topology:
     """
 
     kind: Literal["fused", "split"]
-    encode: Request
+    encode: NodeRequest
     encoders: int
-    decode: Request | None = None
+    decode: NodeRequest | None = None
 
     def describe(self) -> str:
         where = "GPU" if self.encode.resources.get("GPU") else "CPU"
@@ -72,14 +72,14 @@ def lay_out(config: PlacementConfig, shards: int, shapes: Iterable[Mapping[str, 
     kind = config.topology if config.topology != "auto" else ("split" if gpus else "fused")
     encoders = max(1, min(config.workers or MOST_WORKERS, shards))
     encode = {"CPU": _encoder_cpus(config, shapes, gpus, alone=kind == "fused"), "GPU": gpus}
-    encode_request = Request({**encode, **config.encode_resources}, config.encode_labels, config.accelerator_type)
+    encode_request = NodeRequest({**encode, **config.encode_resources}, config.encode_labels, config.accelerator_type)
     if kind == "fused":
         return Topology("fused", encode_request, encoders)
     decode = {"CPU": _decoder_cpus(shapes, gpus), **config.decode_resources}
     if not gpus and config.workers is None:  # half of the CPUs: the other half feeds them
         cpus = sum(shape.get("CPU", 0) for shape in shapes)
         encoders = min(encoders, max(1, int(cpus // 2))) if cpus else encoders
-    return Topology("split", encode_request, encoders, Request(decode, config.decode_labels))
+    return Topology("split", encode_request, encoders, NodeRequest(decode, config.decode_labels))
 
 
 def _encoder_cpus(config: PlacementConfig, shapes: list[Mapping[str, float]], gpus: float, alone: bool) -> float:

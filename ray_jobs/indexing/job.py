@@ -19,8 +19,7 @@ from audiomae.search import index as ann
 from audiomae.search.build import run_build, run_here
 from audiomae.search.build_plan import make_plan
 from audiomae.search.plan import Part, Request
-from ray_jobs._cluster import Request as Resources
-from ray_jobs._cluster import notice_of_waiting
+from ray_jobs._cluster import NodeRequest, notice_of_waiting
 from ray_jobs._ray import connect, in_cluster
 from ray_jobs._shared_disk import check_shared_disk
 from ray_jobs.configs import BuildConfig
@@ -76,7 +75,7 @@ def run_tasks(label: str, step: Callable[..., Any], calls: Sequence[tuple[Any, .
     import ray
 
     connect()
-    request = Resources(resources(label, ray.cluster_resources(), ann.can_use_gpus()))
+    request = NodeRequest(resources(label, ray.cluster_resources(), ann.can_use_gpus()))
     task = ray.remote(step).options(**request.options, max_retries=TASK_RETRIES)
     references = [task.remote(*call) for call in calls]
     waiting, sizes = list(references), dict(zip(references, map(_size, calls), strict=True))

@@ -15,7 +15,7 @@ from audiomae.model.encoder_config import FeatureConfig
 from audiomae.storage import is_local, to_path, write_json
 from audiomae.training.clips import matches
 from audiomae.training.recipe import DataConfig
-from ray_jobs._cluster import Request, hint, notice_of_waiting
+from ray_jobs._cluster import NodeRequest, hint, notice_of_waiting
 from ray_jobs._ray import quiet_data_context
 
 # about 128 MB where a clip lasts 10 s; a small corpus gets small shards, so that all CPUs have some
@@ -109,7 +109,7 @@ def _extract(cache: str, shards: list[pa.Table], root: str, features: FeatureCon
         return {"files": len(row["uris"])}
 
     dataset = ray.data.from_arrow(shards).map(extract)
-    one = Request({"CPU": 1})
+    one = NodeRequest({"CPU": 1})
     with notice_of_waiting(one, len(shards)), hint(one, min(len(shards), MOST_ANNOUNCED)):
         for row in dataset.iter_rows():
             yield int(row["files"])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from audiomae.training.recipe import WorkersConfig
 from ray_jobs import _cluster
-from ray_jobs._cluster import Request
+from ray_jobs._cluster import NodeRequest
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def worker_request(
     workers: WorkersConfig, shapes: Iterable[Mapping[str, float]], offers_gpus: Callable[[], bool]
-) -> Request:
+) -> NodeRequest:
     """What each worker asks for, in a cluster with (and with node types of) these shapes.
 
     With `gpu: auto` it is a GPU where the cluster has one or its autoscaler would start one: a GPU that is not up yet
@@ -29,10 +29,10 @@ def worker_request(
     elif hosts:
         cpus = min(cpus, sum(shape["CPU"] for shape in hosts) / workers.range[0])
     resources = {"CPU": cpus, **({"GPU": 1.0} if gpu else {}), **workers.resources}
-    return Request(resources, workers.labels, workers.accelerator_type)
+    return NodeRequest(resources, workers.labels, workers.accelerator_type)
 
 
-def choose_workers(workers: WorkersConfig) -> Request:
+def choose_workers(workers: WorkersConfig) -> NodeRequest:
     """`worker_request` for the cluster that this driver is connected to; says when it is not what was asked for."""
     request = worker_request(workers, [*_cluster.nodes(), *_cluster.node_types()], _cluster.offers_gpus)
     if request.resources["CPU"] < workers.cpus:
@@ -42,7 +42,7 @@ def choose_workers(workers: WorkersConfig) -> Request:
     return request
 
 
-def scaling(workers: WorkersConfig, request: Request) -> "ScalingConfig":
+def scaling(workers: WorkersConfig, request: NodeRequest) -> "ScalingConfig":
     """Ray Train's words for it."""
     from ray.train import ScalingConfig
 

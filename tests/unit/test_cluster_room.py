@@ -3,11 +3,11 @@
 import pytest
 
 from ray_jobs import _cluster
-from ray_jobs._cluster import Request
+from ray_jobs._cluster import NodeRequest
 from ray_jobs._placement import PlacementConfig
 from ray_jobs.embed import topology
 
-ONE = Request({"CPU": 1.0})
+ONE = NodeRequest({"CPU": 1.0})
 
 
 def cluster(
@@ -25,7 +25,7 @@ def test_room_is_what_there_is_and_what_the_autoscaler_may_start(monkeypatch: py
     cluster(monkeypatch, [{"CPU": 2.0}, {"CPU": 4.0}])
     assert _cluster.room_for(ONE) == 12  # nodes added by hand find work
     cluster(monkeypatch, [{"CPU": 0.0}], [({"CPU": 4.0}, 10), ({"CPU": 8.0, "GPU": 1.0}, 2)])
-    assert _cluster.room_for(ONE) == 56 and _cluster.room_for(Request({"GPU": 0.5})) == 4
+    assert _cluster.room_for(ONE) == 56 and _cluster.room_for(NodeRequest({"GPU": 0.5})) == 4
     cluster(monkeypatch, [{"CPU": 2.0}], autoscaler=True)
     assert _cluster.room_for(ONE) is None  # nobody says what it may start
     cluster(monkeypatch, [{"CPU": 0.0}])

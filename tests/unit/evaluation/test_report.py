@@ -150,5 +150,7 @@ def test_pictures_survive_many_classes_and_empty_sounds():
     assert plots.confusion(names, names[::-1], "many").startswith(PNG)
     vectors = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     assert plots.embedding_map(vectors, np.array(names), "PCA", 0).startswith(PNG)
-    silence = plots.Sound(np.zeros(4000, np.float32), "silence", None)
-    assert plots.spectrogram_row([silence, plots.Sound(np.zeros(0, np.float32), "gone", False)], 16000).startswith(PNG)
+    silence = plots.Picture(np.zeros(4000, np.float32), "silence", None)
+    assert plots.spectrogram_row([silence, plots.Picture(np.zeros(0, np.float32), "gone", False)], 16000).startswith(
+        PNG
+    )

@@ -17,8 +17,8 @@ from audiomae.search.scanning import Scanner
 from audiomae.search.sharded import (
     Ask,
     Divided,
-    Part,
     Question,
+    SegmentPart,
     ShardMissingError,
     answer,
     divide,
@@ -150,7 +150,7 @@ def test_segments_are_divided_evenly(rows: list[int], shards: int, expected: lis
 
 
 def test_a_graph_stays_whole() -> None:
-    assert divide([1000, 10], 3, divisible=False) == [[Part(0, (0, 1))], [Part(1, (0, 1))], []]
+    assert divide([1000, 10], 3, divisible=False) == [[SegmentPart(0, (0, 1))], [SegmentPart(1, (0, 1))], []]
 
 
 def test_an_unknown_operation_is_refused() -> None:

@@ -29,6 +29,7 @@ from serve.versions import VersionCache, mismatch
 
 LONG_BATCH = 4  # windows of a long upload encoded at a time: a short query waits for no more than these
 NICE = 19
+MOST_THREADS = 8
 
 
 @dataclass(order=True)
@@ -42,19 +43,23 @@ class _Job:
 
 
 class BatchingEncoder:
-    """Encodes windows of many requests together; a batch forms while the one before it is being encoded.
+    """Encodes windows of many requests together; a batch forms while those before it are being encoded.
+
+    On CPUs several threads encode a batch each, and torch computes in that thread alone: for batches this small a team
+    of threads waits for one another longer than it works.
 
     A request's windows are queued a few at a time: the first few of all requests come before the next of any, so that a
     long one does not hold up those that come after it.
     """
 
     def __init__(self, args: ServeArgs) -> None:
-        torch.set_num_threads(args.encoder_threads or os.cpu_count() or 1)
         self._args = args
         self._encoders: VersionCache[AudioEncoder] = VersionCache(self._open)
         self._jobs: PriorityQueue[_Job] = PriorityQueue()
         self._arrivals = itertools.count()
-        threading.Thread(target=self._work, name="encode", daemon=True).start()
+        gpu = args.device != "cpu" and torch.cuda.is_available()
+        for number in range(args.encoder_threads or (1 if gpu else min(MOST_THREADS, os.cpu_count() or 1))):
+            threading.Thread(target=self._work, name=f"encode-{number}", daemon=True).start()
 
     def load(self, version: str) -> EncoderInfo:
         """Make the encoder of release `version` ready and describe it.
@@ -96,6 +101,7 @@ class BatchingEncoder:
         return self._encoders.get(version).embed_text(texts)
 
     def _work(self) -> None:
+        torch.set_num_threads(1)
         while True:
             jobs = [self._jobs.get()]
             while sum(len(job.windows) for job in jobs) < self._args.max_batch_size and not self._jobs.empty():

@@ -343,7 +343,8 @@ class AudioEncoder(nn.Module):
         if isinstance(clips, str | PathLike):
             clips = [clips]
         was_training = self.training
-        self.eval()
+        if was_training:  # it walks through all modules
+            self.eval()
         try:
             waveforms = [self._waveform(clip, position) for position, clip in enumerate(clips)]
             vectors = np.zeros((len(waveforms), self.dim), np.float32)
@@ -355,7 +356,8 @@ class AudioEncoder(nn.Module):
                 vectors[rows] = self(batch.to(self.device), lengths).cpu().numpy()
             return vectors
         finally:
-            self.train(was_training)
+            if was_training:
+                self.train()
 
     # --- text to vectors --------------------------------------------------------------------------------------------
 

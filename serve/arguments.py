@@ -21,7 +21,11 @@ class ServeArgs(StrictConfig):
     )
     device: str = Field(default="auto", description="where the encoder runs: auto, cpu, cuda")
     dtype: str = Field(default="auto", description="precision of the encoder: auto, float32, bfloat16")
-    encoder_threads: int = Field(default=0, ge=0, description="batches encoded at a time, by one thread each; 0 = one a CPU, at most 8, or one on a GPU")
+    encoder_threads: int = Field(
+        default=0,
+        ge=0,
+        description="batches encoded at a time, by one thread each; 0 = one a CPU, at most 8, or one on a GPU",
+    )
     api_replicas: int = Field(default=1, ge=1, description="processes that answer HTTP requests")
     encoder_replicas: int = Field(default=1, ge=1, description="replicas of the encoder for long uploads, or for a GPU")
     index_shards: int = Field(

@@ -6,6 +6,7 @@ in force by creating `manifest/plan-NNNNNN.json` exclusively. `update.py` writes
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -270,8 +271,12 @@ def planned_listing(out: str | UPath, plan: Plan) -> Listing:
 
 
 def read_shard_items(out: str, entry: ShardEntry) -> pa.Table:
-    """The work items of one shard (one row group)."""
-    return _items_file(out, entry.file, entry.file_sha256).read_row_group(entry.group, use_threads=False)
+    """The work items of one shard (one row group). Safe to call from several threads."""
+    with _items_lock:  # Arrow's reader of a file is for one thread at a time: two end the process
+        return _items_file(out, entry.file, entry.file_sha256).read_row_group(entry.group, use_threads=False)
+
+
+_items_lock = threading.Lock()
 
 
 @lru_cache(maxsize=4)

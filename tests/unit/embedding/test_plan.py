@@ -1,6 +1,7 @@
 """Work items, their packing into shards, and plans that are written once."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +127,16 @@ def test_ten_thousand_times_ten_thousand_items_would_still_be_bounded_shards() -
         for count in (50, 3000, 300_000)
     ]
     assert sizes[0] == 3 and 20 <= sizes[1] <= 256 and 256 < sizes[2] < 2000
+
+
+def test_the_items_of_shards_are_read_by_several_threads(tmp_path: Path) -> None:
+    """As a worker does, which reads the next shard while one ends: Arrow's reader crashes when it is shared."""
+    plan = plan_of(tmp_path, listing(3000))
+    assert len(plan.shards) > 100 and len({entry.file for entry in plan.shards}) > 1
+
+    def read(first: int) -> list[int]:
+        entries = plan.shards[first::3] * 10
+        return [planning.read_shard_items(str(tmp_path), entry).num_rows - entry.items for entry in entries]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert not any(map(any, pool.map(read, [0, 1, 2] * 2)))

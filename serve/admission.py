@@ -6,7 +6,7 @@ refused at once with 503 and a `Retry-After`: under overload those who are let i
 soon. Whoever gives up waiting, or leaves, frees the place.
 
 A burst may wait longer than that, as its clients would only come again. When refusals outnumber answers it is no burst:
-the queue is cut to a quarter, the last to come first, and stays so short until the storm is over.
+the queue is cut to a few, the last to come first, and stays so short until the storm is over.
 
 Lanes are of one event loop; nothing here locks. Health, readiness, metrics and administration go through none of them.
 """
@@ -23,7 +23,7 @@ from serve.problems import Problem
 SMOOTHING = 0.1  # weight of the newest measurement of a unit's seconds
 MAX_RETRY_S = 60
 MEMORY_S = 1.0  # how long refusals and answers are remembered
-STORM_QUEUE = 4  # so many times fewer may wait in a storm
+STORM_QUEUE = 4  # in a storm one for so many places may wait: there is always another
 
 
 class Recent:
@@ -111,7 +111,7 @@ class Lane:
         return self.waiting >= self._may_wait() and wait_s > self.max_wait_s
 
     def _may_wait(self) -> int:
-        return self.min_queue // STORM_QUEUE if self.storm else self.min_queue
+        return min(self.min_queue, max(1, self.places // STORM_QUEUE)) if self.storm else self.min_queue
 
     def _refusal(self, wait_s: float) -> Problem:
         self._refused.count(1)

@@ -35,7 +35,7 @@ class Recent:
     def count(self, events: int = 0) -> float:
         """Note so many events; the count now."""
         now = time.monotonic()
-        self._value = self._value * math.exp((self._at - now) / MEMORY_S) + events
+        self._value = max(0.0, self._value * math.exp((self._at - now) / MEMORY_S) + events)
         self._at = now
         return self._value
 
@@ -60,6 +60,7 @@ class Lane:
         self._busy_since: float | None = None
         self._done_cost = 0.0
         self._refused, self._answered = Recent(), Recent()
+        self._coming = Recent()  # let past `refuse_early`, their bodies still on the way; who stalls is soon forgotten
 
     @property
     def waiting(self) -> int:
@@ -67,10 +68,11 @@ class Lane:
         return len(self._waiting)
 
     def expected_wait_s(self) -> float:
-        """How long the next one to come would wait for a place."""
-        if self.working < self.places:
+        """How long the next one to come would wait for a place, behind those whose bodies are on the way."""
+        coming = self._coming.count()
+        if self.working + coming < self.places:
             return 0.0
-        return (self._queued_cost + self._working_cost / 2) * self._unit_s
+        return (self._queued_cost + coming + self._working_cost / 2) * self._unit_s
 
     @property
     def storm(self) -> bool:
@@ -79,10 +81,11 @@ class Lane:
         return refused > self.places + self.min_queue and refused > self._answered.count()
 
     def refuse_early(self) -> None:
-        """Raise the problem that `place` would, before a body is read for nothing."""
+        """Raise the problem that `place` would, before a body is read for nothing; else expect the request there."""
         wait = self.expected_wait_s()
         if self._is_full(wait):
             raise self._refusal(wait)
+        self._coming.count(1)
 
     @asynccontextmanager
     async def place(self, cost: float, deadline: float = math.inf) -> AsyncIterator[None]:
@@ -95,6 +98,7 @@ class Lane:
         Raises:
             Problem: 503 `overloaded`, at once when the wait would be too long.
         """
+        self._coming.count(-1)
         if self.working < self.places and not self._waiting:
             self._enter(cost)
         else:
@@ -108,7 +112,8 @@ class Lane:
             self._leave(cost)
 
     def _is_full(self, wait_s: float) -> bool:
-        return self.waiting >= self._may_wait() and wait_s > self.max_wait_s
+        room = self._may_wait() + max(0, self.places - self.working)
+        return self.waiting + self._coming.count() >= room and wait_s > self.max_wait_s
 
     def _may_wait(self) -> int:
         return min(self.min_queue, max(1, self.places // STORM_QUEUE)) if self.storm else self.min_queue

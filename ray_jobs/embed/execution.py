@@ -30,7 +30,7 @@ from ray_jobs.embed.topology import DECODERS_ANNOUNCED, Topology
 PASSES = 4  # in a row that finish no shard
 PROBES_PER_TASK = 32
 ROUND_SHARDS = 16_384  # given to Ray Data at once: the driver's memory and time for them stay bounded
-MOST_SHARDS_A_BLOCK, BLOCKS_A_WORKER = 16, 64
+MOST_SHARDS_A_BLOCK, BLOCKS_A_WORKER = 16, 32
 # a lost worker is replaced for as long as the job runs, but a shard that keeps killing its worker is given up
 WORKER_FAULTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 1}
 # at once in a worker: one computes while the other reads or commits

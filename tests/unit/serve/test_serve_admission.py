@@ -76,6 +76,18 @@ def test_a_burst_of_so_many_may_wait_however_slow_it_is() -> None:
     run(scenario)
 
 
+def test_those_whose_bodies_are_on_the_way_count_until_they_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("serve.admission.time.monotonic", lambda: clock[0])
+    busy = lane(places=2, max_wait_s=1.0, min_queue=3)
+    for _ in range(5):  # two will work, three wait
+        busy.refuse_early()
+    with pytest.raises(Problem):
+        busy.refuse_early()
+    clock[0] += 5.0  # they sent five bytes and nothing since
+    busy.refuse_early()
+
+
 def test_a_storm_cuts_the_queue_and_its_end_restores_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         clock = [100.0]

@@ -29,7 +29,6 @@ from serve.versions import VersionCache, mismatch
 
 LONG_BATCH = 4  # windows of a long upload encoded at a time: a short query waits for no more than these
 NICE = 19
-MOST_THREADS = 8
 
 
 @dataclass(order=True)
@@ -43,10 +42,11 @@ class _Job:
 
 
 class BatchingEncoder:
-    """Encodes windows of many requests together; a batch forms while those before it are being encoded.
+    """Encodes windows of many requests together; a batch forms while the one before it is being encoded.
 
-    On CPUs several threads encode a batch each, and torch computes in that thread alone: for batches this small a team
-    of threads waits for one another longer than it works.
+    A batch of a few windows is computed by one thread: a team waits for one another longer than it works (a clip of 5 s,
+    two cores: 25 ms, alone 19). Larger batches take all cores, in a team: with a thread of its own for each batch the
+    event loop starves.
 
     A request's windows are queued a few at a time: the first few of all requests come before the next of any, so that a
     long one does not hold up those that come after it.
@@ -57,9 +57,7 @@ class BatchingEncoder:
         self._encoders: VersionCache[AudioEncoder] = VersionCache(self._open)
         self._jobs: PriorityQueue[_Job] = PriorityQueue()
         self._arrivals = itertools.count()
-        gpu = args.device != "cpu" and torch.cuda.is_available()
-        for number in range(args.encoder_threads or (1 if gpu else encoding_threads(os.cpu_count() or 1))):
-            threading.Thread(target=self._work, name=f"encode-{number}", daemon=True).start()
+        threading.Thread(target=self._work, name="encode", daemon=True).start()
 
     def load(self, version: str) -> EncoderInfo:
         """Make the encoder of release `version` ready and describe it.
@@ -101,7 +99,7 @@ class BatchingEncoder:
         return self._encoders.get(version).embed_text(texts)
 
     def _work(self) -> None:
-        torch.set_num_threads(1)
+        team = self._args.encoder_threads or os.cpu_count() or 1
         while True:
             jobs = [self._jobs.get()]
             while sum(len(job.windows) for job in jobs) < self._args.max_batch_size and not self._jobs.empty():
@@ -110,6 +108,7 @@ class BatchingEncoder:
             for version in dict.fromkeys(job.version for job in wanted):
                 batch = [job for job in wanted if job.version == version]
                 windows = [window for job in batch for window in job.windows]
+                torch.set_num_threads(1 if len(windows) <= LONG_BATCH else team)
                 try:
                     vectors = self._encoders.get(version).embed(windows, batch_size=len(windows))
                 except Exception as error:
@@ -176,15 +175,6 @@ class Encoder:
         if batch:
             vectors.append(self._encoder.encode(version, batch, self._args.request_timeout_s))
         return spans, np.concatenate(vectors)
-
-
-def encoding_threads(cpus: int) -> int:
-    """As many as half of the CPUs, at most `MOST_THREADS`: the event loop and decoding need the others.
-
-    With a thread a CPU those who are let in wait for the loop, where no lane sees them: on two CPUs the 99th percentile
-    at ten times the capacity was 14.6 s.
-    """
-    return max(1, min(MOST_THREADS, cpus // 2))
 
 
 def text_reason(encoder: AudioEncoder) -> str | None:

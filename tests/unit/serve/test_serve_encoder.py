@@ -31,7 +31,7 @@ class Recorder:
 def made(monkeypatch: pytest.MonkeyPatch) -> tuple[BatchingEncoder, Recorder]:
     recorder = Recorder()
     monkeypatch.setattr(BatchingEncoder, "_open", lambda self, version: recorder)
-    return BatchingEncoder(ServeArgs(index="unused", max_batch_size=6, encoder_threads=1)), recorder
+    return BatchingEncoder(ServeArgs(index="unused", max_batch_size=6)), recorder
 
 
 def windows(*values: int) -> list[np.ndarray]:

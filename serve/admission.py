@@ -6,7 +6,7 @@ refused at once with 503 and a `Retry-After`: under overload those who are let i
 soon. Whoever gives up waiting, or leaves, frees the place.
 
 A burst may wait longer than that, as its clients would only come again. When refusals outnumber answers it is no burst:
-the queue is cut to a few, the last to come first, and stays so short until the storm is over.
+the queue is cut to a quarter, the last to come first, and stays so short until the storm is over.
 
 Lanes are of one event loop; nothing here locks. Health, readiness, metrics and administration go through none of them.
 """
@@ -23,7 +23,7 @@ from serve.problems import Problem
 SMOOTHING = 0.1  # weight of the newest measurement of a unit's seconds
 MAX_RETRY_S = 60
 MEMORY_S = 1.0  # how long refusals and answers are remembered
-STORM_QUEUE = 4  # in a storm one for so many places may wait: there is always another
+STORM_QUEUE = 4  # so many times fewer may wait in a storm
 
 
 class Recent:
@@ -35,7 +35,7 @@ class Recent:
     def count(self, events: int = 0) -> float:
         """Note so many events; the count now."""
         now = time.monotonic()
-        self._value = max(0.0, self._value * math.exp((self._at - now) / MEMORY_S) + events)
+        self._value = self._value * math.exp((self._at - now) / MEMORY_S) + events
         self._at = now
         return self._value
 
@@ -60,7 +60,6 @@ class Lane:
         self._busy_since: float | None = None
         self._done_cost = 0.0
         self._refused, self._answered = Recent(), Recent()
-        self._coming = Recent()  # let past `refuse_early`, their bodies still on the way; who stalls is soon forgotten
 
     @property
     def waiting(self) -> int:
@@ -68,11 +67,10 @@ class Lane:
         return len(self._waiting)
 
     def expected_wait_s(self) -> float:
-        """How long the next one to come would wait for a place, behind those whose bodies are on the way."""
-        coming = self._coming.count()
-        if self.working + coming < self.places:
+        """How long the next one to come would wait for a place."""
+        if self.working < self.places:
             return 0.0
-        return (self._queued_cost + coming + self._working_cost / 2) * self._unit_s
+        return (self._queued_cost + self._working_cost / 2) * self._unit_s
 
     @property
     def storm(self) -> bool:
@@ -81,11 +79,10 @@ class Lane:
         return refused > self.places + self.min_queue and refused > self._answered.count()
 
     def refuse_early(self) -> None:
-        """Raise the problem that `place` would, before a body is read for nothing; else expect the request there."""
+        """Raise the problem that `place` would, before a body is read for nothing."""
         wait = self.expected_wait_s()
         if self._is_full(wait):
             raise self._refusal(wait)
-        self._coming.count(1)
 
     @asynccontextmanager
     async def place(self, cost: float, deadline: float = math.inf) -> AsyncIterator[None]:
@@ -98,7 +95,6 @@ class Lane:
         Raises:
             Problem: 503 `overloaded`, at once when the wait would be too long.
         """
-        self._coming.count(-1)
         if self.working < self.places and not self._waiting:
             self._enter(cost)
         else:
@@ -112,11 +108,10 @@ class Lane:
             self._leave(cost)
 
     def _is_full(self, wait_s: float) -> bool:
-        room = self._may_wait() + max(0, self.places - self.working)
-        return self.waiting + self._coming.count() >= room and wait_s > self.max_wait_s
+        return self.waiting >= self._may_wait() and wait_s > self.max_wait_s
 
     def _may_wait(self) -> int:
-        return min(self.min_queue, max(1, self.places // STORM_QUEUE)) if self.storm else self.min_queue
+        return self.min_queue // STORM_QUEUE if self.storm else self.min_queue
 
     def _refusal(self, wait_s: float) -> Problem:
         self._refused.count(1)

@@ -44,9 +44,9 @@ class _Job:
 class BatchingEncoder:
     """Encodes windows of many requests together; a batch forms while the one before it is being encoded.
 
-    A batch of a few windows is computed by one thread: a team waits for one another longer than it works (a clip of 5 s,
-    two cores: 25 ms, alone 19). Larger batches take all cores, in a team: with a thread of its own for each batch the
-    event loop starves.
+    A batch of a few windows is computed by one thread: a team waits for one another longer than it works (a clip of
+    5 s, two cores: 25 ms, alone 19). Larger batches take all cores as a team: with a thread of its own for each batch
+    the event loop starves.
 
     A request's windows are queued a few at a time: the first few of all requests come before the next of any, so that a
     long one does not hold up those that come after it.

@@ -46,6 +46,8 @@ class DecodeLimits(StrictConfig):
 
     on_damage: OnDamage = "salvage"
     """`salvage` reads around what is damaged and reports it; `fail` fails the file."""
+    gaps_fail: bool = True
+    """With `fail`: whether a gap between timestamps is damage too, or the silence that a live recording has there."""
     channel: str = Field("mix", pattern=CHANNEL)
     """`mix` all channels to one, or take `left`, `right` or a number, counted from 0."""
     min_sample_rate: int = 1_000
@@ -205,7 +207,7 @@ class GuardedReader:
         at_s, rate = self.origin_s, self._rate
         end_s = None if stop is None else at_s + stop / rate
         span = LostSpan(at_s + start / rate, end_s, error_class, why, stage)
-        if self._limits.on_damage == "fail":
+        if self._limits.on_damage == "fail" and (self._limits.gaps_fail or error_class != "Gap"):
             raise refuse(span)
         self.report.add(span)
         if stop is not None:

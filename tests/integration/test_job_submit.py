@@ -14,6 +14,7 @@ import pytest
 
 from audiomae.corpus.synthetic import generate
 
+pytestmark = pytest.mark.timeout(1800)  # minutes on a busy machine
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
 
@@ -67,7 +68,7 @@ def _submit(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[s
     """Submit and wait; a head whose job agent is still starting is asked again."""
     line = [BIN / "ray", "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, *command]
     for _ in range(10):
-        done = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=800)
         if "No available agent" not in done.stderr:
             break
     return done

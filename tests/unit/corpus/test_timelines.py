@@ -120,6 +120,8 @@ def test_gaps_are_said_and_can_fail_the_file(faulty: list[Timeline]) -> None:
     assert [window.start_s for window in windows] == [0, 1, 2, 4, 5]  # [3, 4) is nothing but gap
     with pytest.raises(DecodeError, match="no sound for"):
         decode(one.path, RATE, limits=DecodeLimits(on_damage="fail"))
+    as_silence = DecodeLimits(on_damage="fail", gaps_fail=False)
+    assert np.array_equal(decode(one.path, RATE, limits=as_silence), decode(one.path, RATE))
 
 
 def test_segments_follow_the_same_timeline(faulty: list[Timeline]) -> None:

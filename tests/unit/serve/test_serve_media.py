@@ -12,6 +12,7 @@ from serve.arguments import ServeArgs
 from serve.audio import clip_vector, decode_query
 from serve.problems import Problem
 from serve.queries import Region
+from tests.timelines import mux
 
 ARGS = ServeArgs(index="unused", max_audio_s=5.0)
 
@@ -99,6 +100,12 @@ def test_an_upload_becomes_windows() -> None:
     windows = list(decode_query(wav(np.ones((8000 * 5, 2))), 16_000, 2.0, ARGS))
     assert [(window.start_s, window.end_s) for window in windows] == [(0, 2), (2, 4), (4, 5)]
     assert all(window.samples.dtype == np.float32 for window in windows)
+
+
+def test_a_recording_in_which_the_browser_was_too_busy_for_a_moment_is_a_query(tmp_path: Path) -> None:
+    mux(tmp_path / "live.webm", "webm", lambda time: time if time < 1.5 else time + 0.3)
+    windows = list(decode_query((tmp_path / "live.webm").read_bytes(), 16_000, 2.0, ServeArgs(index="unused")))
+    assert [window.start_s for window in windows][:2] == [0, 2]
 
 
 @pytest.mark.parametrize(

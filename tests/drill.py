@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from embed_cluster import FAULTS, ROOT, worker_environment
+from embed_cluster import FAULTS, ROOT, end, worker_environment
 
 MEMORY = 128 * 1024**2
 DEADLINE_S = 900.0  # a guard against hanging, no measure of speed
@@ -137,7 +137,4 @@ def three_nodes(folder: Path, delay_s: float) -> Iterator[Drill]:
             drill.join()
             yield drill
         finally:
-            for job in drill.jobs:
-                job.kill()
-                job.wait()
-            drill.cluster.shutdown()
+            end(drill.cluster, drill.jobs)

@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,10 +97,15 @@ def embed_cluster(environment: Mapping[str, str]) -> Iterator[EmbedCluster]:
             cluster.add_node()
             yield cluster
         finally:
-            for job in cluster.jobs:
-                job.kill()
-                job.wait()
-            cluster.cluster.shutdown()
+            end(cluster.cluster, cluster.jobs)
+
+
+def end(cluster: Any, jobs: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill what still runs on a cluster, and shut it down."""
+    for job in jobs:
+        job.kill()
+        job.wait()
+    cluster.shutdown()
 
 
 def wait_until(condition: Callable[[], bool], what: str, job: subprocess.Popen[bytes] | None = None) -> None:

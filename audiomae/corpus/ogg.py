@@ -76,7 +76,7 @@ def _checksum(page: bytes) -> bytes:
 
 
 def _pages(data: Any) -> Iterator[OggPage]:
-    """OggPage after page, as long as one follows the other."""
+    """Page after page, as long as one follows the other."""
     at = 0
     while at + 27 <= len(data) and data[at : at + 4] == b"OggS":
         _, flags, granule, serial, number, _, segments = PAGE.unpack_from(data, at)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +153,41 @@ def kill(replica: str) -> None:
     os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
 
 
-def under_load(ask_until: Callable[[threading.Event], list[Any]], action: Callable[[], Any], clients: int) -> list[Any]:
-    """Every answer that `clients` got while `action` ran; each asks, in a thread of its own, until the event is set."""
-    stop = threading.Event()
+def until(condition: Callable[[], bool]) -> None:
+    """Look again and again."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def under_load(
+    url: httpx.URL, ask: Callable[[httpx.Client], list[Any]], action: Callable[[], Any], clients: int
+) -> list[Any]:
+    """Every answer that `clients` got before, during and after `action`; none pauses, each has a thread of its own.
+
+    The action begins when each has an answer and is over before each one's last, so that neither is a race.
+    """
+    stop, asking = threading.Event(), threading.Barrier(clients + 1)
+
+    def client() -> list[Any]:
+        with httpx.Client(base_url=url, timeout=PATIENCE_S) as http:
+            try:
+                seen = ask(http)
+                asking.wait(PATIENCE_S)
+            except BaseException:
+                asking.abort()
+                raise
+            while not stop.is_set():
+                seen += ask(http)
+            return seen + ask(http)
+
     with ThreadPoolExecutor(clients) as pool:
-        waiting = [pool.submit(ask_until, stop) for _ in range(clients)]
+        waiting = [pool.submit(client) for _ in range(clients)]
         try:
-            action()
+            with suppress(threading.BrokenBarrierError):  # a client's own error says more: it is raised below
+                asking.wait(PATIENCE_S)
+                action()
         finally:
             stop.set()
         return [answer for future in waiting for answer in future.result()]

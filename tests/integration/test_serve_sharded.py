@@ -1,9 +1,6 @@
 """A release over several shards, as a client sees it: real HTTP, real Ray Serve, processes that are killed."""
 
-import functools
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +11,6 @@ import numpy as np
 import pytest
 import ray
 from serving import (
-    PATIENCE_S,
     TOKEN,
     as_file,
     kill,
@@ -25,6 +21,7 @@ from serving import (
     running_service,
     sound,
     under_load,
+    until,
 )
 
 from audiomae.client import AudioClient
@@ -113,28 +110,14 @@ def test_shards_answer_as_one_index_does(whole: dict[str, Any], service: Service
     assert 'state="answering"} 3.0' in service.http.get("/metrics").text
 
 
-def ask_until(service: Service, stop: threading.Event) -> list[dict[str, Any]]:
-    """Every answer to one client that does not pause."""
-    seen = []
-    with httpx.Client(base_url=service.http.base_url, timeout=PATIENCE_S) as http:
-        clip = http.get("/items").json()["items"][0]["id"]
-        asks: list[Callable[[], httpx.Response]] = [
-            lambda: http.post("/search", files={"file": ("query", CLIP)}, data={"k": 12}),
-            lambda: http.get(f"/search/id/{clip}", params={"k": 12}),
-        ]
-        while not stop.is_set():
-            for ask in asks:
-                reply = ask()
-                seen.append({"status": reply.status_code, **reply.json()})
-    return seen
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Look again and again."""
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+def ask(http: httpx.Client) -> list[dict[str, Any]]:
+    """The answers to a sound and to the id of an item."""
+    clip = http.get("/items").json()["items"][0]["id"]
+    replies = (
+        http.post("/search", files={"file": ("query", CLIP)}, data={"k": 12}),
+        http.get(f"/search/id/{clip}", params={"k": 12}),
+    )
+    return [{"status": reply.status_code, **reply.json()} for reply in replies]
 
 
 def test_a_killed_shard_is_missing_until_it_is_replaced(service: Service) -> None:
@@ -155,7 +138,7 @@ def test_a_killed_shard_is_missing_until_it_is_replaced(service: Service) -> Non
         until(lambda: not missing())
         assert before not in replicas("Shard1")
 
-    answers = under_load(functools.partial(ask_until, service), lose, clients=2)
+    answers = under_load(service.http.base_url, ask, lose, clients=2)
     assert {answer["status"] for answer in answers} == {200}
     partial = [answer for answer in answers if answer["partial"]]
     assert partial and {tuple(answer["missing"]) for answer in partial} == {("Shard1",)}
@@ -177,7 +160,7 @@ def test_a_release_is_swapped_in_all_shards_under_load(service: Service) -> None
             found = service.http.post("/search", files={"file": ("query", CLIP)}, data={"k": 12}).json()
             assert (found["release"], found["partial"]) == (reply.json()["version"], False)
 
-    answers = under_load(functools.partial(ask_until, service), swap, clients=2)
+    answers = under_load(service.http.base_url, ask, swap, clients=2)
     assert {(answer["status"], answer["partial"]) for answer in answers} == {(200, False)}
     assert {answer["release"] for answer in answers} == {before, second.version}
 

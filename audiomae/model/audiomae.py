@@ -85,8 +85,11 @@ class AudioMAE(nn.Module):
         leftover = frame_lengths - config.patch_size[0] + config.time_slack
         return leftover.div(config.steps[0], rounding_mode="floor").clamp(min=0) + 1
 
-    def patchify(self, x: Tensor) -> Tensor:
-        """Log-mel [B, 1, T, F] -> patches [B, Nt * Nf, pt * pf], overlapping when stride < patch_size."""
+    def patchify(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Log-mel [B, 1, T, F] -> patches [B, Nt * Nf, pt * pf], overlapping when stride < patch_size.
+
+        With ids int64[B, K] only those: [B, K, pt * pf].
+        """
         if x.dim() != 4 or x.shape[1] != 1 or x.shape[3] != self.config.img_size[1]:
             raise ValueError(
                 f"AudioMAE input: expected [B, 1, T, {self.config.img_size[1]}], got {list(x.shape)}: "
@@ -97,7 +100,11 @@ class AudioMAE(nn.Module):
         missing = (steps - 1) * st + pt - x.shape[2]
         if missing > 0:
             x = F.pad(x, (0, 0, 0, missing))
-        return x[:, 0].unfold(1, pt, st).unfold(2, pf, sf).flatten(1, 2).flatten(2)
+        patches = x[:, 0].unfold(1, pt, st).unfold(2, pf, sf)
+        if ids is None:
+            return patches.flatten(1, 2).flatten(2)
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        return patches[rows, ids // patches.shape[2], ids % patches.shape[2]].flatten(2)
 
     def encode(
         self,
@@ -119,11 +126,10 @@ class AudioMAE(nn.Module):
         Padding is never attended to, so a clip's tokens are the same alone and in any batch.
         """
         grid = self.grid(x.shape[2])
-        patches = self.patchify(x)
+        patches = self.patchify(x, ids_keep)
         patch_mask = None if frame_lengths is None else self.patch_mask(frame_lengths.to(x.device), grid)
         embedded = self._positions(grid, frame_lengths, positions, x.device)
         if ids_keep is not None:
-            patches = _take(patches, ids_keep)
             embedded = _take(embedded.expand(len(x), -1, -1), ids_keep)
             if patch_mask is not None:
                 patch_mask = patch_mask.gather(1, ids_keep)

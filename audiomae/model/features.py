@@ -196,14 +196,14 @@ def _limit_range(frames: Tensor, mask: Tensor | None, range_db: float) -> Tensor
 
 
 def _standardize(frames: Tensor, counts: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero mean, unit (unbiased) deviation over each clip's own frames: float [B, T, F] -> the same."""
-    if mask is None:
-        std, mean = torch.std_mean(frames, dim=(1, 2), keepdim=True)
-        return (frames - mean) / std.clamp(min=MIN_STD)
-    keep = mask.unsqueeze(-1)
+    """Zero mean, unit (unbiased) deviation over each clip's own frames: float [B, T, F] -> the same.
+
+    By sums: `torch.std_mean` over two axes takes ten times as long on a CPU.
+    """
+    padding = None if mask is None else ~mask.unsqueeze(-1)
     cells = (counts * frames.shape[2])[:, None, None]
-    mean = frames.masked_fill(~keep, 0.0).sum((1, 2), keepdim=True) / cells
-    centred = (frames - mean).masked_fill(~keep, 0.0)
+    mean = (frames if padding is None else frames.masked_fill(padding, 0.0)).sum((1, 2), keepdim=True) / cells
+    centred = frames - mean if padding is None else (frames - mean).masked_fill(padding, 0.0)
     std = (centred.square().sum((1, 2), keepdim=True) / (cells - 1).clamp(min=1)).sqrt()
     return centred / std.clamp(min=MIN_STD)
 

@@ -52,8 +52,11 @@ def inspect(root: str, row: dict[str, Any]) -> Finding:
             finding.kinds["damaged"] = f"{lost.error_class} at {lost.start_s:.2f} s: {lost.message}"
         finding.duration_s = finding.duration_s or len(samples) / info.sample_rate
         levels = _Levels()
-        for block in _blocks(source(), round(DECODED_S * info.sample_rate)):
-            levels.add(block)
+        if info.channels == 1:  # as the job decoded it
+            levels.add(samples[:, None])
+        else:
+            for block in _blocks(source(), round(DECODED_S * info.sample_rate)):
+                levels.add(block)
     except DecodeError as error:
         kind = "damaged" if error.error_class in ("TruncatedFile", "CorruptAudio") and finding.codec else "failed"
         finding.kinds[kind] = f"{error.error_class}: {error.message}"
@@ -88,10 +91,14 @@ class _Levels:
         if not len(block):
             return
         self.frames, self.channels = self.frames + len(block), block.shape[1]
+        peak = max(float(block.max()), -float(block.min()))
+        self.peak = max(self.peak, peak)
+        energy = float(np.einsum("fc,fc->", block, block, dtype=np.float64)) / block.shape[1]
+        self.energy += energy
+        self.mixed += float(np.square(block.mean(axis=1, dtype=np.float64)).sum()) if block.shape[1] > 1 else energy
+        if peak < FULL_SCALE:
+            return
         loud = np.abs(block)
-        self.peak = max(self.peak, float(loud.max()))
-        self.energy += float(np.square(block, dtype=np.float64).sum()) / block.shape[1]
-        self.mixed += float(np.square(block.mean(axis=1, dtype=np.float64)).sum())
         self.over += int((loud > 1.0 + 1e-4).sum())
         same = (block[1:] == block[:-1]) & (loud[1:] >= FULL_SCALE)
         self.flat += int((same[2:] & same[1:-1] & same[:-2]).sum()) if len(same) > 2 else 0

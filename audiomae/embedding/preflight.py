@@ -173,11 +173,8 @@ def duplicates(root: str, listing: pa.Table, budget: int) -> dict[str, Any]:
         candidates = np.flatnonzero(_repeated(key))
         keys = key.take(pa.array(candidates)).to_pylist()
     else:
-        shared = np.flatnonzero(_repeated(listing["size"]) & (listing["size"].to_numpy() > 0))
-        sizes = listing["size"].take(pa.array(shared)).to_numpy()
-        _, where, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-        order = np.lexsort((np.arange(len(shared)), sizes, counts[where]))[:budget]
-        candidates, checked = shared[order], {"files": len(order), "of": len(shared)}
+        candidates, shared = _same_size(listing["size"], budget)
+        checked = {"files": len(candidates), "of": shared}
         rows = listing.select([name for name in ("uri", "size", "tar_offset") if name in listing.column_names])
         with ThreadPoolExecutor(THREADS) as pool:
             keys = list(pool.map(lambda row: _digest(root, row), rows.take(pa.array(candidates)).to_pylist()))
@@ -192,6 +189,20 @@ def duplicates(root: str, listing: pa.Table, budget: int) -> dict[str, Any]:
         "examples": [uris[:EXAMPLES] for uris in found[:EXAMPLES]],
         "checked": checked,
     }
+
+
+def _same_size(sizes: pa.ChunkedArray, most: int) -> tuple[np.ndarray, int]:
+    """Rows of up to `most` files that share their size, those whose size fewest have first, and how many share theirs."""
+    encoded = sizes.combine_chunks().dictionary_encode()
+    codes, values = encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_numpy()
+    counts = np.bincount(codes, minlength=len(values))
+    shared = np.flatnonzero((counts > 1) & (values > 0))
+    order = shared[np.lexsort((values[shared], counts[shared]))]
+    chosen = order[: np.searchsorted(np.cumsum(counts[order]), most) + 1]
+    place = np.full(len(values), -1)
+    place[chosen] = np.arange(len(chosen))
+    rows = np.flatnonzero(place[codes] >= 0)
+    return rows[np.argsort(place[codes[rows]], kind="stable")[:most]], int(counts[shared].sum())
 
 
 def _repeated(column: pa.ChunkedArray) -> np.ndarray:

@@ -192,7 +192,7 @@ def duplicates(root: str, listing: pa.Table, budget: int) -> dict[str, Any]:
 
 
 def _same_size(sizes: pa.ChunkedArray, most: int) -> tuple[np.ndarray, int]:
-    """Rows of up to `most` files that share their size, those whose size fewest have first, and how many share theirs."""
+    """Rows of up to `most` files that share their size, the rarest sizes first, and how many share theirs."""
     encoded = sizes.combine_chunks().dictionary_encode()
     codes, values = encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_numpy()
     counts = np.bincount(codes, minlength=len(values))

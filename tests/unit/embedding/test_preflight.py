@@ -98,6 +98,16 @@ def test_labels_sidecars_and_duplicates(tmp_path: Path) -> None:
     assert same["examples"] == [["a.tar#0.wav", "a.tar#4.wav"]] and same["checked"] == {"files": 5, "of": 5}
 
 
+def test_of_many_files_of_one_size_those_of_a_rare_size_are_read_first(tmp_path: Path) -> None:
+    for name in "abcdef":
+        (tmp_path / f"{name}.wav").write_bytes(b"common" + name.encode())
+    for name in ("x.wav", "y.wav"):
+        (tmp_path / name).write_bytes(b"rare, and equal")
+    (tmp_path / "lone.wav").write_bytes(b"of a size of its own")
+    same = report_of(tmp_path, sample_files=4)["duplicates"]
+    assert same["examples"] == [["x.wav", "y.wav"]] and same["checked"] == {"files": 4, "of": 8}
+
+
 def test_duplicates_in_a_store_are_told_by_their_etags(s3_bucket: str, tmp_path: Path) -> None:
     from audiomae.storage import to_path, write_bytes
 

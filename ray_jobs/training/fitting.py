@@ -19,7 +19,6 @@ from ray_jobs.training.feature_cache import list_files
 
 AUTO, NONE = "auto", "none"
 CHOICE_FILE = "recipe.json"
-MOST_CPUS = 8  # of one worker: a small network gains nothing from more
 
 
 def fitted(config: TrainConfig, run: Any) -> TrainConfig:
@@ -81,4 +80,4 @@ def _machine() -> Machine:
     up = nodes()
     cpus = sum(node.get("CPU", 0) for node in up) or max((kind.get("CPU", 0) for kind in node_types()), default=1)
     gpus = sum(node.get("GPU", 0) for node in up) or float(offers_gpus())
-    return Machine(cpus=max(1, min(MOST_CPUS, int(cpus))), gpus=int(gpus))
+    return Machine(cpus=max(1, int(cpus)), gpus=int(gpus))

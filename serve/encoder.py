@@ -21,6 +21,7 @@ import torch
 
 from audiomae import storage
 from audiomae.artifacts import releases
+from audiomae.cpus import available_cpus
 from audiomae.model.encoder import AudioEncoder
 from serve.arguments import ServeArgs
 from serve.audio import decode_query
@@ -99,7 +100,7 @@ class BatchingEncoder:
         return self._encoders.get(version).embed_text(texts)
 
     def _work(self) -> None:
-        team = self._args.encoder_threads or os.cpu_count() or 1
+        team = self._args.encoder_threads or available_cpus()
         while True:
             jobs = [self._jobs.get()]
             while sum(len(job.windows) for job in jobs) < self._args.max_batch_size and not self._jobs.empty():
@@ -138,7 +139,7 @@ class Encoder:
         self._encoder = BatchingEncoder(args)
         if not self._encoder.load(version).device.startswith("cuda"):
             os.nice(NICE)  # threads made from here on, torch's among them
-        self._work = asyncio.Semaphore(os.cpu_count() or 1)
+        self._work = asyncio.Semaphore(available_cpus())
 
     def load(self, version: str) -> EncoderInfo:
         """As `BatchingEncoder.load`."""

@@ -16,6 +16,8 @@ import tempfile
 from http import HTTPStatus
 from pathlib import Path
 
+from audiomae.cpus import available_cpus
+
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADER_TIMEOUT_S = 10
 CLIENT_TIMEOUT_S = 75  # between two pieces of a request or an answer
@@ -52,7 +54,7 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_MAXCONN": str(MAX_CONNECTIONS),
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, available_cpus())),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "30",

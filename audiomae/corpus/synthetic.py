@@ -20,6 +20,7 @@ from scipy.io import wavfile
 
 from audiomae.cli import run_job
 from audiomae.corpus.sounds import SOUNDS, coloured_noise, log_uniform, room
+from audiomae.cpus import available_cpus
 
 RATES = (8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000)
 FORMATS = (
@@ -49,7 +50,7 @@ def generate(out_dir: str | os.PathLike[str], num_clips: int = 480, seed: int = 
     out = Path(out_dir)
     for label in SOUNDS:
         (out / label).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy, SciPy and the encoders let go of the interpreter lock
+    with ThreadPoolExecutor(available_cpus()) as pool:  # NumPy, SciPy and the encoders let go of the interpreter lock
         rows = list(pool.map(lambda index: _write_clip(out, seed, index), range(num_clips)))
     if bad_files:
         rows += [(uri, "", "") for uri in _write_bad_files(out, seed)]

@@ -1,6 +1,5 @@
 """The steps of a build that look at the whole release to be: recall of held-out queries, search settings, the map."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from audiomae.cpus import available_cpus
 from audiomae.scratch import scratch
 from audiomae.search import index as ann
 from audiomae.search import segments, tuning
@@ -42,7 +42,7 @@ def tune(
     target: float | None,
 ) -> Recall:
     """Search settings that reach the target; without one, what those in force reach."""
-    with _release(task, place, None) as (folders, trained), ann.threads(os.cpu_count() or 1):
+    with _release(task, place, None) as (folders, trained), ann.threads(available_cpus()):
         return tuning.tune(Searcher.open(folders, trained, task.spec), task.spec, deleted, queries, answers, target)
 
 

@@ -3,7 +3,6 @@
 Each is a plain function of where things lie, does nothing when its piece is finished, and can run on any node.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from audiomae import storage
 from audiomae.artifacts import releases
 from audiomae.artifacts.embeddings import read_receipt, read_shard
 from audiomae.artifacts.tables import column_to_vectors
+from audiomae.cpus import available_cpus
 from audiomae.errors import IntegrityError
 from audiomae.search import index as ann
 from audiomae.search import segments
@@ -74,7 +74,7 @@ def train(spec: IndexSpec, made: Sequence[SegmentPlan], place: Place, name: str,
     """Train a quantiser on a sample of the rows, unless that was done before; return its facts."""
 
     def write(out: Path) -> dict[str, Any]:
-        with ann.threads(os.cpu_count() or 1):
+        with ann.threads(available_cpus()):
             vectors = sample(made, place, spec.nlist * ann.TRAIN_ROWS_PER_LIST, seed)
             ann.train(spec, vectors, out, seed)
         return {"rows": len(vectors)}

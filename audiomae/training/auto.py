@@ -23,9 +23,9 @@ FEWEST_STEPS, MOST_STEPS = 200, 30_000
 LARGE_CLIPS = 20_000  # from here on a GPU is given the official layout
 MOST_HOURS = 1.0  # without a GPU
 CORE_S_PER_STEP = 0.2  # of a batch of 32 windows of 5 s, measured on one core; for the budget only
-# A small network's step is a thousand operations of microseconds: two threads took 2.3 times as long as one, and ten times
-# where something else wanted a core. So cores are shared out to processes of one thread, two hyperthreads counting as one,
-# once that saves minutes.
+# A small network's step is a thousand operations of microseconds: two threads took 2.3 times as long as one, and ten
+# times where something else wanted a core. So cores are shared out to processes of one thread once that saves minutes,
+# two hyperthreads counting as one.
 WORTH_SHARING_S, MOST_WORKERS = 600, 8
 LONGEST_WINDOW_S, LONG_FILE_WINDOW_S = 10.0, 5.0
 FRAMES_PER_S = 50

@@ -1,6 +1,5 @@
 """`embed_corpus --dry-run`: what a job would cost, from a sample of its files."""
 
-import os
 import time
 from functools import partial
 
@@ -12,6 +11,7 @@ import torch
 from audiomae.artifacts.tables import EmbedSettings
 from audiomae.corpus.decode import probe
 from audiomae.corpus.manifest import open_source
+from audiomae.cpus import available_cpus
 from audiomae.embedding.decoding import decode_item
 from audiomae.embedding.embedder import BatchEncoder, embed_shard
 from audiomae.errors import DecodeError
@@ -48,7 +48,7 @@ def estimate(encoder: str, settings: EmbedSettings, root: str, listing: pa.Table
         "audio_hours": seconds / 3600,
         "windows": round(windows),
         "cpu_hours": core_s * seconds / 3600,
-        "hours": core_s * seconds / 3600 / (os.cpu_count() or 1),
+        "hours": core_s * seconds / 3600 / available_cpus(),
         "disk_gib": windows * (width + ROW_BYTES) / 2**30,
         "memory_gib_per_worker": psutil.Process().memory_info().rss / 2**30,
     }

@@ -82,7 +82,6 @@ def autoscaling_cluster(
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
-            "RAY_worker_niceness": "0",
             "RAY_raylet_start_wait_time_s": "180",  # of a busy machine
             "RAY_agent_register_timeout_ms": "180000",
             **(environment or {}),

@@ -71,11 +71,8 @@ class EmbedCluster:
 
 @contextmanager
 def worker_environment(**more: str) -> Iterator[dict[str, str]]:
-    """While the block runs, what it starts has the tests' faults, Ray's workers at the usual priority, and `more`.
-
-    Ray gives its workers nice 15: on a machine that is busy otherwise they would starve.
-    """
-    own = {"PYTHONPATH": f"{FAULTS}{os.pathsep}{ROOT}", "RAY_worker_niceness": "0", **more}
+    """While the block runs, what it starts has the tests' faults and `more` in its environment."""
+    own = {"PYTHONPATH": f"{FAULTS}{os.pathsep}{ROOT}", **more}
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
     try:

@@ -33,6 +33,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     try:
         config = build_config(ServeArgs, args)
+        # replicas run in whatever folder their node was started in
+        config = config.model_copy(update={"index": str(storage.to_path(config.index))})
         release = releases.resolve(config.index, config.version)
         releases.verify(release)
         check_encoder(release)

@@ -93,10 +93,12 @@ def without_chances(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def whole(ray_cluster: None, work: Path) -> dict[str, Any]:
-    """What the release answers undivided."""
-    with running_service(work / "index", index_shards=1) as http:
-        assert http.get("/release").json()["shards"] == 1
-        return ask_everything(http, AudioIndex.open(work / "index"))
+    """What the release answers undivided; it is named from a folder that is not that of the cluster's processes."""
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(work)
+        with running_service(Path("index"), index_shards=1) as http:
+            assert http.get("/release").json()["shards"] == 1
+            return ask_everything(http, AudioIndex.open(work / "index"))
 
 
 def test_nothing_is_missing_of_an_undivided_release(whole: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ class Recorder:
 def made(monkeypatch: pytest.MonkeyPatch) -> tuple[BatchingEncoder, Recorder]:
     recorder = Recorder()
     monkeypatch.setattr(BatchingEncoder, "_open", lambda self, version: recorder)
-    return BatchingEncoder(ServeArgs(index="unused", max_batch_size=6)), recorder
+    return BatchingEncoder(ServeArgs(index="unused", max_batch_size=6, encoder_threads=1)), recorder
 
 
 def windows(*values: int) -> list[np.ndarray]:
@@ -72,3 +72,32 @@ def test_an_error_concerns_its_batch_and_who_gave_up_is_left_out(made: tuple[Bat
     with pytest.raises(ValueError, match="cannot be encoded"):
         bad.result(60)
     assert all(5 not in batch for batch in recorder.batches)
+
+
+def test_batches_are_encoded_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go = threading.Semaphore(0), threading.Event()
+
+    class Slow:
+        """An encoder that says when a batch has begun and ends none before it is told to."""
+
+        def embed(self, windows: list[np.ndarray], batch_size: int) -> np.ndarray:
+            begun.release()
+            assert go.wait(60)
+            return np.stack([window[:1] for window in windows])
+
+    monkeypatch.setattr(BatchingEncoder, "_open", lambda self, version: Slow())
+    encoder = BatchingEncoder(ServeArgs(index="unused", encoder_threads=3))
+    futures = []
+    for number in range(3):
+        futures += encoder.submit("v1", windows(number))
+        assert begun.acquire(timeout=60), f"{number} batches are all that is encoded at a time"
+    go.set()
+    assert [done.result(60)[0, 0] for done in futures] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (2, 1), (8, 7)])
+def test_one_core_is_left_to_the_event_loop(monkeypatch: pytest.MonkeyPatch, cpus: int, threads: int) -> None:
+    monkeypatch.setattr("serve.encoder.available_cpus", lambda: cpus)
+    before = threading.active_count()
+    BatchingEncoder(ServeArgs(index="unused", device="cpu"))
+    assert threading.active_count() - before == threads

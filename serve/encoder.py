@@ -22,6 +22,7 @@ import torch
 from audiomae import storage
 from audiomae.artifacts import releases
 from audiomae.cpus import available_cpus
+from audiomae.model.devices import pick_device
 from audiomae.model.encoder import AudioEncoder
 from serve.arguments import ServeArgs
 from serve.audio import decode_query
@@ -60,8 +61,8 @@ class BatchingEncoder:
         self._arrivals = itertools.count()
         self._idle, self._counting = 0, threading.Lock()
         torch.set_num_threads(1)  # of each thread that computes from here on
-        alone = args.device != "cpu" and torch.cuda.is_available()  # a GPU takes one batch after the other
-        for _ in range(1 if alone else args.encoder_threads or max(1, available_cpus() - 1)):
+        one_by_one = pick_device(args.device).type == "cuda"
+        for _ in range(1 if one_by_one else args.encoder_threads or max(1, available_cpus() - 1)):
             threading.Thread(target=self._work, name="encode", daemon=True).start()
 
     def load(self, version: str) -> EncoderInfo:

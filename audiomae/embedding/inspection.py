@@ -80,7 +80,7 @@ def _reopenable(source: Path | bytes | BinaryIO) -> Callable[[], Any]:
 
 
 class _Levels:
-    """Peak, energy and flat tops of the channels of a file."""
+    """Peak and flat tops of the channels of a file, and their energy where there are several."""
 
     def __init__(self) -> None:
         self.frames = self.channels = self.flat = self.over = 0
@@ -93,9 +93,9 @@ class _Levels:
         self.frames, self.channels = self.frames + len(block), block.shape[1]
         peak = max(float(block.max()), -float(block.min()))
         self.peak = max(self.peak, peak)
-        energy = float(np.einsum("fc,fc->", block, block, dtype=np.float64)) / block.shape[1]
-        self.energy += energy
-        self.mixed += float(np.square(block.mean(axis=1, dtype=np.float64)).sum()) if block.shape[1] > 1 else energy
+        if block.shape[1] > 1:
+            self.energy += float(np.einsum("fc,fc->", block, block, dtype=np.float64)) / block.shape[1]
+            self.mixed += float(np.square(block.mean(axis=1, dtype=np.float64)).sum())
         if peak < FULL_SCALE:
             return
         loud = np.abs(block)

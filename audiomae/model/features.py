@@ -200,10 +200,13 @@ def _standardize(frames: Tensor, counts: Tensor, mask: Tensor | None) -> Tensor:
 
     By sums: `torch.std_mean` over two axes takes ten times as long on a CPU.
     """
-    padding = None if mask is None else ~mask.unsqueeze(-1)
+
+    def inside(values: Tensor) -> Tensor:
+        return values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0.0)
+
     cells = (counts * frames.shape[2])[:, None, None]
-    mean = (frames if padding is None else frames.masked_fill(padding, 0.0)).sum((1, 2), keepdim=True) / cells
-    centred = frames - mean if padding is None else (frames - mean).masked_fill(padding, 0.0)
+    mean = inside(frames).sum((1, 2), keepdim=True) / cells
+    centred = inside(frames - mean)
     std = (centred.square().sum((1, 2), keepdim=True) / (cells - 1).clamp(min=1)).sqrt()
     return centred / std.clamp(min=MIN_STD)
 

@@ -107,7 +107,7 @@ def choose(facts: CorpusFacts, machine: Machine) -> Choice:
         "optim": {"warmup_epochs": max(1, epochs // 30)},
         "validation": {"every_epochs": every},
         "checkpoint": {"every_epochs": every},
-        "workers": {"num": workers, "cpus": 1},
+        "workers": {"num": workers},
     }
     return Choice(
         LABELLED if by_label else UNLABELLED,
@@ -164,15 +164,18 @@ def _steps(clips: int, machine: Machine, batch: int, window_s: float) -> tuple[i
     if machine.gpus:
         return machine.gpus, wanted, f"{wanted:,} steps"
     step_s = CORE_S_PER_STEP * max(0.1, batch * window_s / (32 * 5.0))
-    workers = 1
-    if wanted * step_s > WORTH_SHARING_S:
-        most = max(1, min(MOST_WORKERS, machine.cpus // 2))
-        workers = max(number for number in range(1, most + 1) if batch % number == 0)
+    workers = _processes(machine, batch) if wanted * step_s > WORTH_SHARING_S else 1
     affordable = int(MOST_HOURS * 3600 * workers / step_s)
     if wanted <= affordable:
         return workers, wanted, f"{wanted:,} steps"
     spent = f"about {MOST_HOURS:g} h of {workers} core{'s'[: workers > 1]}"
     return workers, affordable, f"{affordable:,} steps, {spent} ({wanted:,} would be worth it)"
+
+
+def _processes(machine: Machine, batch: int) -> int:
+    """One for two CPUs, as many of them as divide a batch evenly."""
+    most = min(MOST_WORKERS, machine.cpus // 2)
+    return max((number for number in range(1, most + 1) if batch % number == 0), default=1)
 
 
 def _large(facts: CorpusFacts, machine: Machine, clips: int, by_label: bool, why_labels: str) -> Choice:

@@ -17,6 +17,7 @@ from audiomae.corpus.manifest import open_source
 from audiomae.errors import DecodeError, IntegrityError
 from audiomae.evaluation.baselines import SAMPLE_RATE, centred, logmel_statistics, mfcc_statistics
 from audiomae.metrics import Labelled, mean_values, score_protocol
+from audiomae.model.devices import pick_device
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.scratch import scratch
 from audiomae.storage import copy_tree, list_sizes, to_path
@@ -148,7 +149,7 @@ def _train(config: Recipe, listing: pa.Table, cached: tuple[str, pa.Table], host
     cache, clips = cached
     config = config.model_copy(update={"checkpoint": NOTHING_TO_RESUME})
     items = build_items(clips, listing, config.data, config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     loop = TrainLoop(config, items, cache, device, host)
     stopped = loop.run()
     if stopped is not None:

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 from ray.util import get_node_ip_address
+
+from tests.processes import kill_family
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 128 * 1024**2
@@ -100,7 +101,7 @@ def autoscaling_cluster(
             _wait_for("started", log, head)
             yield address
         finally:
-            _stop(head)
+            kill_family(head)
 
 
 def _free_port() -> int:
@@ -117,19 +118,3 @@ def _wait_for(text: str, log: Path, head: subprocess.Popen[bytes]) -> None:
         if head.poll() is not None or time.monotonic() > deadline:
             raise AssertionError(f"the head did not start:\n{log.read_text(errors='replace')[-3000:]}")
         time.sleep(0.1)
-
-
-def _stop(head: subprocess.Popen[bytes]) -> None:
-    """End the head, its autoscaler, and every node that this started."""
-    try:
-        family = psutil.Process(head.pid).children(recursive=True)
-    except psutil.Error:
-        family = []
-    head.terminate()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for process in alive:
-        try:
-            process.kill()
-        except psutil.Error:
-            pass
-    head.wait()

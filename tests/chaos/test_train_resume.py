@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -22,6 +21,7 @@ from audiomae.config import load_config
 from audiomae.training.loop import TrainLoop
 from audiomae.training.recipe import Recipe
 from ray_jobs import train
+from tests.processes import kill_family
 
 ROOT = Path(train.__file__).resolve().parent.parent
 RECIPE = ROOT / "ray_jobs" / "recipes" / "debug.yaml"
@@ -132,23 +132,13 @@ def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL the driver first, then whatever Ray processes it started."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    for child in children:
-        if child.is_running():
-            child.kill()
-    process.wait()
-
-
 def launch_and_kill(command: list[str], run: Path, steps: int) -> int:
     """Start the job, kill it once a checkpoint of that step counts; the step that the next launch begins at."""
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         wait_for(lambda: registered_step(run) >= steps, lambda: process.poll() is None)
     finally:
-        kill_tree(process)
+        kill_family(process)
     assert not (run / "train.json").exists()
     return registered_step(run)
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from audiomae.corpus.synthetic import generate
+from tests.processes import kill_family
 
 pytestmark = pytest.mark.timeout(1800)  # minutes on a busy machine
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -47,9 +47,7 @@ def head() -> Iterator[dict[str, str]]:
             _wait_for_dashboard(f"http://127.0.0.1:{dashboard}/api/version", process)
             yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         finally:
-            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                each.kill()
-            process.wait(timeout=60)
+            kill_family(process)
 
 
 def _wait_for_dashboard(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -67,12 +67,11 @@ def is_local(path: UPath) -> bool:
 
 def write_bytes(path: Location, data: bytes) -> None:
     """Write `data` whole or not at all, replacing what was there."""
-    path = to_path(path)
-    if not is_local(path):
-        s3.write(str(path), data)
-        return
-    temporary = _write_temporary(path, data)
-    os.replace(temporary, str(path))
+    place = _place(path)
+    if place.startswith("s3://"):
+        s3.write(place, data)
+    else:
+        os.replace(_write_temporary(place, data), place)
 
 
 def put_if_absent(path: Location, data: bytes) -> bool:
@@ -80,23 +79,29 @@ def put_if_absent(path: Location, data: bytes) -> bool:
 
     Locally this is a hard link to a finished temporary file, on S3 a conditional put (`If-None-Match: *`).
     """
-    path = to_path(path)
-    if not is_local(path):
-        return s3.write(str(path), data, if_absent=True)
-    temporary = _write_temporary(path, data)
+    place = _place(path)
+    if place.startswith("s3://"):
+        return s3.write(place, data, if_absent=True)
+    temporary = _write_temporary(place, data)
     try:
-        os.link(temporary, str(path))
+        os.link(temporary, place)
     except FileExistsError:
         return False
     finally:
-        temporary.unlink(missing_ok=True)
+        os.unlink(temporary)
     return True
+
+
+def exists(path: Location) -> bool:
+    """Whether there is such a file."""
+    place = _place(path)
+    return bool(to_path(place).exists()) if place.startswith("s3://") else os.path.exists(place)
 
 
 def read_bytes(path: Location) -> bytes:
     """The whole file; on S3 a single GET, so that an object may be replaced meanwhile."""
-    path = to_path(path)
-    return path.read_bytes() if is_local(path) else s3.read(str(path))[0]
+    place = _place(path)
+    return s3.read(place)[0] if place.startswith("s3://") else Path(place).read_bytes()
 
 
 def open_stream(path: Location) -> BinaryIO:
@@ -137,11 +142,11 @@ def list_identities(directory: Location) -> dict[str, str]:
 
 def remove(path: Location) -> None:
     """Remove a file, if it is there."""
-    path = to_path(path)
-    if is_local(path):
-        Path(str(path)).unlink(missing_ok=True)
+    place = _place(path)
+    if place.startswith("s3://"):
+        s3.delete(place)
     else:
-        s3.delete(str(path))
+        Path(place).unlink(missing_ok=True)
 
 
 def remove_tree(directory: Location) -> None:
@@ -231,7 +236,7 @@ def copy_file(source: Location, target: Location) -> None:
             write_bytes(target, read_bytes(source))
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(target)
+    temporary = Path(_temporary_name(str(target)))
     try:
         with open_stream(source) as reader, temporary.open("wb") as writer:
             shutil.copyfileobj(reader, writer, CHUNK_BYTES)
@@ -250,19 +255,30 @@ def fetch_dir(uri: Location) -> Path:
     return target
 
 
-def _temporary_name(path: UPath) -> Path:
-    return Path(str(path)).parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+def _place(path: Location) -> str:
+    """The text of `to_path`; what is absolute becomes no path, which takes longer than to write a small file."""
+    is_plain = isinstance(path, str) and (path.startswith("s3://") or os.path.isabs(path))
+    return path if isinstance(path, str) and is_plain else str(to_path(path))
 
 
-def _write_temporary(path: UPath, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+def _temporary_name(place: str) -> str:
+    folder, _, name = place.rpartition("/")
+    return f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+
+
+def _write_temporary(place: str, data: bytes) -> str:
+    temporary = _temporary_name(place)
     try:
-        with temporary.open("wb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        os.unlink(temporary)
         raise
     return temporary

@@ -75,7 +75,7 @@ def write_receipts(out: Path, shards: list[str]) -> None:
         files = {f"embeddings/{shard}-{'a' * 12}.parquet": FileEntry("f" * 64, 500_000)}
         facts = {**counts, "shard": shard, "attempt": "a" * 12, "fingerprint": "f" * 64, "manifest": "m" * 64}
         receipt = Receipt(files, {**facts, "precision": "float32"})
-        Path(str(receipt_path(str(out), shard))).write_bytes(receipt.encode())
+        Path(receipt_path(str(out), shard)).write_bytes(receipt.encode())
 
 
 def plan(listing: str, out: str) -> dict[str, Any]:

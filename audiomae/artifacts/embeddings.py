@@ -17,6 +17,7 @@ files under its own attempt name, and the receipt is created exclusively, so exa
 receipts alone; `collect_garbage` removes what no receipt names once every shard of the plan is committed.
 """
 
+import functools
 import json
 import re
 import uuid
@@ -27,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import ValidationError
 from upath import UPath
 
@@ -49,7 +49,7 @@ from audiomae.artifacts.tables import (
 )
 from audiomae.config import StrictConfig
 from audiomae.errors import IntegrityError
-from audiomae.storage import list_names, remove, sha256_bytes, to_path, write_bytes
+from audiomae.storage import exists, list_names, remove, sha256_bytes, to_path, write_bytes
 
 EMBEDDINGS, FAILURES, SILENT = "embeddings", "failures", "silent"
 FIX_SHARD = "restore it, or delete the shard's commits/*.json and relaunch the embed_corpus job to embed it again"
@@ -79,13 +79,15 @@ class ShardTables:
     failures: pa.Table = field(default_factory=FAILURE_SCHEMA.empty_table)
     silent: pa.Table = field(default_factory=SILENT_SCHEMA.empty_table)
 
+    @functools.cached_property
     def counts(self) -> dict[str, int]:
         """rows; failed (inputs without an embedding); damaged (embedded files that lost a span); silent (windows)."""
-        damaged = self.failures.filter(pc.equal(self.failures["kind"], DAMAGED))
+        pairs = zip(self.failures["kind"].to_pylist(), self.failures["uri"].to_pylist(), strict=True)
+        damaged = [uri for kind, uri in pairs if kind == DAMAGED]
         return {
             "rows": self.embeddings.num_rows,
-            "failed": self.failures.num_rows - damaged.num_rows,
-            "damaged": pc.count_distinct(damaged["uri"]).as_py(),
+            "failed": self.failures.num_rows - len(damaged),
+            "damaged": len(set(damaged)),
             "silent": self.silent.num_rows,
         }
 
@@ -148,21 +150,20 @@ def commit_shard(out: str | UPath, shard: str, tables: ShardTables, origin: Shar
 
     The loser removes what it wrote. An empty `failures` or `silent` table is not written.
     """
-    out = to_path(out)
     attempt = new_attempt()
     named = {EMBEDDINGS: tables.embeddings, FAILURES: tables.failures, SILENT: tables.silent}
     files = {}
     for kind, table in named.items():
         if kind == EMBEDDINGS or table.num_rows:
             name, data = f"{kind}/{shard}-{attempt}.parquet", parquet_bytes(table)
-            write_bytes(out / name, data)
+            write_bytes(f"{out}/{name}", data)
             files[name] = entry_of(data)
-    facts = {"shard": shard, "attempt": attempt, **tables.counts(), **origin.model_dump()}
+    facts = {"shard": shard, "attempt": attempt, **tables.counts, **origin.model_dump()}
     facts["audio_s"] = round(origin.audio_s, 6)
     if receipts.create(receipt_path(out, shard), receipts.Receipt(files, facts)):
         return True
     for name in files:
-        remove(out / name)
+        remove(f"{out}/{name}")
     return False
 
 
@@ -190,14 +191,14 @@ def joined_precision(precisions: Iterable[str | None]) -> str | None:
     return "+".join(sorted({precision for precision in precisions if precision})) or None
 
 
-def receipt_path(out: str | UPath, shard: str) -> UPath:
+def receipt_path(out: str | UPath, shard: str) -> str:
     """Where the receipt of a shard lies."""
-    return to_path(out) / "commits" / f"{shard}.json"
+    return f"{out}/commits/{shard}.json"
 
 
 def is_committed(out: str | UPath, shard: str) -> bool:
     """Whether the shard has its receipt."""
-    return receipt_path(out, shard).exists()
+    return exists(receipt_path(out, shard))
 
 
 def committed_shards(out: str | UPath) -> set[str]:
@@ -216,7 +217,7 @@ def read_receipt(out: str | UPath, shard: str) -> ShardReceipt:
     return _as_shard_receipt(path, receipts.read_sealed(path, UNSEALED_RECEIPT, FIX_SHARD))
 
 
-def _as_shard_receipt(path: UPath, value: dict[str, Any]) -> ShardReceipt:
+def _as_shard_receipt(path: str, value: dict[str, Any]) -> ShardReceipt:
     try:
         if "facts" in value:
             receipt = receipts.Receipt.decode(value, path)

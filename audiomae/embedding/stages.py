@@ -96,7 +96,7 @@ class _Embedder:
             precision=self.encode.encoder.precision,
         )
         won = commit_shard(job.out, entry.name, result.tables, origin)
-        counts = result.tables.counts()
+        counts = result.tables.counts
         ended = time.time()
         return {
             "shard": entry.name,

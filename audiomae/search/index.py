@@ -173,7 +173,7 @@ def train(spec: IndexSpec, sample: np.ndarray, out: Path, seed: int = 0) -> None
     index.quantizer, index.own_fields = quantizer, False
     index.train(vectors)
     faiss.write_index(index, str(out / TRAINED_FILE))
-    similar, lists = _flat_centroids(quantizer).search(vectors, 1)
+    similar, lists = _to_gpus(_flat_centroids(quantizer)).search(vectors, 1)
     np.save(out / SHAPE_FILE, _list_shape(similar[:, 0], lists[:, 0], spec.nlist))
 
 
@@ -191,13 +191,18 @@ def _flat_centroids(quantizer: Any) -> Any:
     """The centroids as an uncompressed index, which assigns large batches several times faster."""
     flat = faiss.IndexFlatIP(quantizer.d)
     flat.add(quantizer.reconstruct_n(0, quantizer.ntotal))
+    return flat
+
+
+def _to_gpus(flat: Any) -> Any:
+    """For whole corpora of rows: on the GPUs, where faiss has some."""
     return faiss.index_cpu_to_all_gpus(flat) if faiss.get_num_gpus() > 0 else flat
 
 
 def assign(trained: Path, rows: np.ndarray) -> np.ndarray:
     """The list of each row-store vector: uint16 or uint32 [N]."""
     index = read_index(trained)
-    centroids = _flat_centroids(faiss.downcast_index(index.quantizer))
+    centroids = _to_gpus(_flat_centroids(faiss.downcast_index(index.quantizer)))
     lists = np.empty(len(rows), np.uint16 if index.nlist <= 2**16 else np.uint32)
     for start in range(0, len(rows), ADD_BATCH):
         block = rows[start : start + ADD_BATCH].astype(np.float32)
@@ -308,17 +313,19 @@ class Quantiser:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / TRAINED_FILE
-        self.index = read_index(self.path)
-        self._coarse = faiss.downcast_index(self.index.quantizer)
-        self.nlist = int(self.index.nlist)
         shape = directory / SHAPE_FILE
-        self.shape = np.load(shape) if shape.exists() else None
+        self._open(np.load(shape) if shape.exists() else None)
+
+    def _open(self, shape: np.ndarray | None) -> None:
+        self.index = read_index(self.path)
+        self.nlist, self.shape = int(self.index.nlist), shape
+        self.flat = _flat_centroids(faiss.downcast_index(self.index.quantizer))
 
     @functools.cached_property
     def centroids(self) -> np.ndarray:
-        """float32[nlist, D]."""
-        centroids: np.ndarray = self._coarse.reconstruct_n(0, self.nlist)
-        return centroids
+        """float32[nlist, D], those that `flat` holds."""
+        values: np.ndarray = faiss.rev_swig_ptr(self.flat.get_xb(), self.nlist * self.flat.d)
+        return values.reshape(self.nlist, -1)
 
     def similarities(self, queries: np.ndarray) -> np.ndarray:
         """Of queries to the centroids of all lists, float32[Q, nlist]."""
@@ -326,20 +333,9 @@ class Quantiser:
         return similar
 
     def nearest(self, queries: np.ndarray, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
-        """Similarities float32[Q, nprobe] and numbers int64[Q, nprobe] of the nearest lists, best first.
-
-        All of them are compared at once: for as many lists as an index has, that is faster than any search.
-        """
-        similar = self.similarities(queries)
-        count = min(nprobe, self.nlist)
-        if len(similar) == 1:
-            near = np.argpartition(similar[0], self.nlist - count)[self.nlist - count :]
-            near = near[np.argsort(-similar[0, near], kind="stable")]
-            return similar[:, near], near[None]
-        lists = np.argpartition(similar, self.nlist - count, axis=1)[:, self.nlist - count :]
-        order = np.argsort(-np.take_along_axis(similar, lists, axis=1), axis=1, kind="stable")
-        lists = np.take_along_axis(lists, order, axis=1)
-        return np.take_along_axis(similar, lists, axis=1), lists
+        """Similarities float32[Q, nprobe] and numbers int64[Q, nprobe] of the nearest lists, best first."""
+        found: tuple[np.ndarray, np.ndarray] = self.flat.search(queries, min(nprobe, self.nlist))
+        return found
 
 
 class Lists:
@@ -366,10 +362,18 @@ class Lists:
         ctypes.memmove(int(self._inverted.lists.data().this), layout.ctypes.data, layout.nbytes)
         if os.path.getsize(path):
             self._inverted.do_mmap()
-        self._index = read_index(quantiser.path)
-        self._index.own_invlists = False  # the empty ones are left to themselves
-        self._index.invlists = self._inverted
-        self._index.ntotal = int(layout[:, 0].sum())
+        index = read_index(quantiser.path)
+        index.own_invlists = False  # the empty ones are left to themselves
+        index.invlists = self._inverted
+        index.ntotal = int(layout[:, 0].sum())
+        self._use(index, quantiser)
+
+    def _use(self, index: Any, quantiser: Quantiser) -> None:
+        self._index, self._quantiser = index, quantiser  # FAISS keeps bare pointers
+        if index.own_fields:
+            index.quantizer.this.own(True)  # freed with this line: it holds the same centroids once more, as float16
+            index.own_fields = False
+        index.quantizer = quantiser.flat
 
     @staticmethod
     def _check(layout: np.ndarray, nlist: int, path: Path) -> None:
@@ -402,20 +406,44 @@ class Lists:
         return scores, rows
 
 
+class Refined:
+    """All lists of a segment with its row store behind them, searched by one call of FAISS.
+
+    What `Quantiser.nearest`, `Lists.scan` and a comparison with the stored vectors give; those are read where they lie.
+
+    Args:
+        lists: all of them.
+        store: of the same segment.
+    """
+
+    def __init__(self, lists: Lists, store: RowStore) -> None:
+        self._lists, self._store = lists, store  # FAISS keeps bare pointers
+        self._index = faiss.IndexRefine(lists._index, store._store)
+
+    def search(
+        self, queries: np.ndarray, k: int, nprobe: int, selection: Selection | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best rows by their codes in the nearest lists: exact scores float32[Q, k] and rows int64[Q, k]."""
+        selector = None if selection is None else faiss.IDSelectorBitmap(selection.bits)
+        inner = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
+        params = faiss.IndexRefineSearchParameters(k_factor=1.0, base_index_params=inner)
+        found: tuple[np.ndarray, np.ndarray] = self._index.search(queries, k, params=params)
+        return found
+
+
 class OldQuantiser(Quantiser):
     """The quantiser of a release that an older version wrote, inside its index."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.index = path, read_index(path)
-        self._coarse = faiss.downcast_index(self.index.quantizer)
-        self.nlist, self.shape = int(self.index.nlist), None
+        self.path = path
+        self._open(None)
 
 
 class OldLists(Lists):
     """The index of a release that an older version wrote, in memory."""
 
     def __init__(self, quantiser: OldQuantiser) -> None:
-        self._index = quantiser.index
+        self._use(quantiser.index, quantiser)
         inverted = self._index.invlists
         self.sizes = np.array([inverted.list_size(number) for number in range(quantiser.nlist)], np.int64)
 

@@ -26,6 +26,7 @@ from audiomae.search.index import (
     OldQuantiser,
     Quantiser,
     Ranked,
+    Refined,
     RowStore,
     Selection,
 )
@@ -138,6 +139,7 @@ class StoredSegment(Outline):
                 self.lists = OldLists(quantiser)
             else:
                 self.lists = Lists(quantiser, directory, part)
+        self.refined = Refined(self.lists, self.store) if self.lists is not None and part == WHOLE else None
         self.graph = Graph(directory / INDEX_FILE) if kind == "hnsw" else None
         if self.lists is not None:
             self.sizes = self.lists.sizes

@@ -17,7 +17,19 @@ import numpy as np
 
 from audiomae.search.index import INDEX_FILE, OldQuantiser, Quantiser, Ranked, Selection
 from audiomae.search.probing import Probing, is_exact_cheaper
-from audiomae.search.scanning import Allowed, Outline, Probe, Scanner, Scans, none, open_segments, padded, top
+from audiomae.search.scanning import (
+    Allowed,
+    Outline,
+    Probe,
+    Scanner,
+    Scans,
+    StoredSegment,
+    best,
+    none,
+    open_segments,
+    padded,
+    top,
+)
 from audiomae.search.spec import IndexSpec
 
 
@@ -61,6 +73,7 @@ class Searcher:
         self.segments, self.scanner, self.spec, self.quantiser, self.dim = list(segments), scanner, spec, quantiser, dim
         self.starts = np.cumsum([0, *(segment.num_rows for segment in segments)])
         self.num_rows = int(self.starts[-1])
+        self._alone = segments[0].refined if len(segments) == 1 and isinstance(segments[0], StoredSegment) else None
 
     @classmethod
     def open(cls, directories: Sequence[Path], trained: Path | None, spec: IndexSpec) -> "Searcher":
@@ -139,6 +152,11 @@ class Searcher:
 
     def _search_index(self, queries: np.ndarray, k: int, chosen: list[Chosen] | None, spec: IndexSpec) -> Ranked:
         count, rows = k * spec.refine, allowed(chosen)
+        if self._alone is not None:
+            selection = None if chosen is None else chosen[0].selection
+            return best(
+                [self._alone.search(queries, min(count, self.num_rows), spec.nprobe, selection)], k, len(queries)
+            )
         if self.quantiser is not None:
             similar, lists = self.quantiser.nearest(queries, spec.nprobe)
             found = self.scanner.scan(queries, count, Probe(lists, similar), rows)

@@ -1,5 +1,6 @@
 """The Ray side of `embed_corpus`: the pipeline over the shards of a plan, retried until every shard is committed."""
 
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from ray_jobs.embed.topology import DECODERS_ANNOUNCED, Topology
 PASSES = 4  # in a row that finish no shard
 PROBES_PER_TASK = 32
 ROUND_SHARDS = 16_384  # given to Ray Data at once: the driver's memory and time for them stay bounded
-MOST_SHARDS_A_BLOCK, BLOCKS_A_WORKER = 16, 32
+MOST_SHARDS_A_BLOCK, FILES_A_BLOCK, BLOCKS_A_ROUND, BLOCKS_A_WORKER = 256, 256, 2_048, 8
 # a lost worker is replaced for as long as the job runs, but a shard that keeps killing its worker is given up
 WORKER_FAULTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 1}
 # at once in a worker: one computes while the other reads or commits
@@ -119,13 +120,17 @@ def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> It
 def blocks_of(pending: Sequence[ShardEntry], workers: int, most: int) -> Iterator[list[str]]:
     """The shards in blocks, each one task: single ones while they are few, several where they are many for the workers.
 
-    Ray Data spends milliseconds of the driver on a task, and ten thousand of them at once held it up for good. Blocks
-    shrink towards the end, so that the workers finish together; no shard is lost with its block, since what is
-    committed is skipped when the block is tried again.
+    Ray Data spends some 30 ms of the driver on a task, and ten thousand of them at once held it up for good; it hands
+    out new ones five times a second. Large shards go one by one as long as that gives few tasks, so that progress shows
+    soon. Blocks shrink towards the end, so that the workers finish together; no shard is lost with its block, since
+    what is committed is skipped when the block is tried again.
     """
+    most_files = max(FILES_A_BLOCK, sum(entry.items for entry in pending) // BLOCKS_A_ROUND)
     at = 0
     while at < len(pending):
         count = max(1, min(most, (len(pending) - at) // (BLOCKS_A_WORKER * max(workers, 4))))
+        files = itertools.accumulate(entry.items for entry in pending[at : at + count])
+        count = max(1, sum(total <= most_files for total in files))
         yield [entry.model_dump_json() for entry in pending[at : at + count]]
         at += count
 

@@ -148,7 +148,7 @@ def pieces(item: Item) -> Iterator[Clip | Silent | Damage]:
 
 
 def check_pieces(tables: ShardTables) -> None:
-    assert tables.counts() == {"rows": 2, "failed": 3, "damaged": 1, "silent": 2}
+    assert tables.counts == {"rows": 2, "failed": 3, "damaged": 1, "silent": 2}
     assert tables.embeddings["uri"].to_pylist() == ["a.wav", "a.wav"]
     failures = [(row["uri"], row["kind"], row["error_class"], row["end_s"]) for row in tables.failures.to_pylist()]
     assert failures == [

@@ -14,20 +14,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, PriorityQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from audiomae import storage
 from audiomae.artifacts import releases
 from audiomae.cpus import available_cpus
-from audiomae.model.devices import pick_device
-from audiomae.model.encoder import AudioEncoder
 from serve.arguments import ServeArgs
 from serve.audio import decode_query
 from serve.queries import EncoderInfo, Region
 from serve.versions import VersionCache, mismatch
+
+if TYPE_CHECKING:  # torch is loaded where something is encoded: `serve run` only passes these classes on
+    from audiomae.model.encoder import AudioEncoder
 
 LONG_BATCH = 4  # windows of a long upload encoded at a time: a short query waits for no more than these
 NICE = 19
@@ -55,6 +55,10 @@ class BatchingEncoder:
     """
 
     def __init__(self, args: ServeArgs) -> None:
+        import torch
+
+        from audiomae.model.devices import pick_device
+
         self._args = args
         self._encoders: VersionCache[AudioEncoder] = VersionCache(self._open)
         self._jobs: PriorityQueue[_Job] = PriorityQueue()
@@ -137,7 +141,9 @@ class BatchingEncoder:
                 size += len(jobs[-1].windows)
         return jobs
 
-    def _open(self, version: str) -> AudioEncoder:
+    def _open(self, version: str) -> "AudioEncoder":
+        from audiomae.model.encoder import AudioEncoder
+
         release = releases.resolve(self._args.index, version)
         encoder = AudioEncoder.load(str(checked_encoder_dir(release)), device=self._args.device, dtype=self._args.dtype)
         if encoder.fingerprint != release.fingerprint:
@@ -195,7 +201,7 @@ class Encoder:
         return spans, np.concatenate(vectors)
 
 
-def text_reason(encoder: AudioEncoder) -> str | None:
+def text_reason(encoder: "AudioEncoder") -> str | None:
     """Why the encoder cannot embed text; `None` when it can, its text model then being loaded."""
     if not encoder.has_text:
         return "its encoder was trained on sound alone: train with a CLAP objective and publish that encoder"

@@ -28,12 +28,15 @@ import numpy as np
 
 from audiomae.errors import IntegrityError
 from audiomae.search.spec import IndexSpec
+from audiomae.vectors import widened
 
 VECTORS_FILE, INDEX_FILE, TRAINED_FILE = "vectors.faiss", "index.faiss", "trained.faiss"
 ASSIGN_FILE, LISTS_FILE, LAYOUT_FILE, SHAPE_FILE = "assign.npy", "lists.bin", "layout.npy", "shape.npy"
 TRAIN_ROWS_PER_LIST = 40
 TRAIN_ROUNDS = 10
+POWER_ROUNDS = 8  # towards a principal direction
 ADD_BATCH = 16_384
+FEW_ROWS = 1_024  # gathered into memory that is kept for the next
 ALIGN = 64
 _READ_LOCK = threading.Lock()
 Ranked = tuple[np.ndarray, np.ndarray]  # scores float32[Q, k] and rows int64[Q, k]
@@ -136,13 +139,46 @@ class RowStore:
 
     def search_rows(self, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The k best of these rows, exactly. Their vectors are gathered, so the cost is that of the rows alone."""
-        few = faiss.IndexScalarQuantizer(self.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        few.codes.resize(len(rows) * 2 * self.dim)
-        gathered: np.ndarray = faiss.rev_swig_ptr(few.codes.data(), few.codes.size())
-        np.take(self._codes, rows, axis=0, out=gathered.reshape(len(rows), -1), mode="clip")
-        few.ntotal = len(rows)
-        scores, places = few.search(queries, k)
+        scores, places = self._gathered(rows).search(queries, k)
         return scores, np.where(places < 0, -1, rows[places])
+
+    def scores(self, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Of these rows for one query float32[1, D], exactly: float32[n]. A score does not depend on the other rows."""
+        found, places = self._gathered(rows).search(query, len(rows))
+        scores = np.empty(len(rows), np.float32)
+        scores[places[0]] = found[0]
+        return scores
+
+    def _gathered(self, rows: np.ndarray) -> Any:
+        """An index of these rows alone, good until this thread asks for the next."""
+        index, codes = _few(self.dim) if len(rows) <= FEW_ROWS else _empty(self.dim, len(rows))
+        np.take(self._codes, rows, axis=0, out=codes[: len(rows)], mode="clip")
+        index.ntotal = len(rows)
+        return index
+
+
+class _Kept(threading.local):
+    """What `_few` gives, by the length of a vector."""
+
+    def __init__(self) -> None:
+        self.by_dim: dict[int, tuple[Any, np.ndarray]] = {}
+
+
+_kept = _Kept()
+
+
+def _few(dim: int) -> tuple[Any, np.ndarray]:
+    """This thread's index of up to `FEW_ROWS` rows: making one takes as long as comparing dozens of rows."""
+    if dim not in _kept.by_dim:
+        _kept.by_dim[dim] = _empty(dim, FEW_ROWS)
+    return _kept.by_dim[dim]
+
+
+def _empty(dim: int, rows: int) -> tuple[Any, np.ndarray]:
+    """An index with room for so many rows, and the room, uint8[rows, 2 D]."""
+    index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    index.codes.resize(rows * 2 * dim)
+    return index, faiss.rev_swig_ptr(index.codes.data(), index.codes.size()).reshape(rows, -1)
 
 
 # --- training and encoding --------------------------------------------------------------------------------------------
@@ -154,7 +190,7 @@ def train(spec: IndexSpec, sample: np.ndarray, out: Path, seed: int = 0) -> None
     k-means is spherical, on a GPU where faiss has one. `shape.npy` is float32[2, nlist]: the mean and the variance of
     the similarity between a list's centroid and its rows, which tells how promising a list is that was not looked at.
     """
-    vectors = sample.astype(np.float32)
+    vectors = widened(sample)
     dim = vectors.shape[1]
     kmeans = faiss.Kmeans(
         dim,
@@ -168,13 +204,32 @@ def train(spec: IndexSpec, sample: np.ndarray, out: Path, seed: int = 0) -> None
     )
     kmeans.train(vectors)
     quantizer = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    quantizer.add_sa_codes(np.ascontiguousarray(kmeans.centroids, dtype=np.float16).view(np.uint8))
+    centroids = kmeans.centroids[neighbours_together(kmeans.centroids)]
+    quantizer.add_sa_codes(np.ascontiguousarray(centroids, dtype=np.float16).view(np.uint8))
     index = faiss.index_factory(dim, spec.factory, faiss.METRIC_INNER_PRODUCT)
     index.quantizer, index.own_fields = quantizer, False
     index.train(vectors)
     faiss.write_index(index, str(out / TRAINED_FILE))
     similar, lists = _to_gpus(_flat_centroids(quantizer)).search(vectors, 1)
     np.save(out / SHAPE_FILE, _list_shape(similar[:, 0], lists[:, 0], spec.nlist))
+
+
+def neighbours_together(points: np.ndarray) -> np.ndarray:
+    """An order int64[N] of points float32[N, D] in which near ones come near each other.
+
+    A shard holds a range of lists: in this order the lists that a query looks at lie with few shards. The points are
+    halved along the direction in which they spread most, and the halves again.
+    """
+    if len(points) <= 2:
+        return np.arange(len(points))
+    centred = points - points.mean(axis=0)
+    direction = centred[np.argmax((centred**2).sum(axis=1))]
+    for _ in range(POWER_ROUNDS):
+        direction = centred.T @ (centred @ direction)
+        direction /= max(float(np.linalg.norm(direction)), 1e-12)
+    order = np.argsort(centred @ direction, kind="stable")
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    return np.concatenate([half[neighbours_together(points[half])] for half in halves])
 
 
 def _list_shape(similar: np.ndarray, lists: np.ndarray, nlist: int) -> np.ndarray:
@@ -205,7 +260,7 @@ def assign(trained: Path, rows: np.ndarray) -> np.ndarray:
     centroids = _to_gpus(_flat_centroids(faiss.downcast_index(index.quantizer)))
     lists = np.empty(len(rows), np.uint16 if index.nlist <= 2**16 else np.uint32)
     for start in range(0, len(rows), ADD_BATCH):
-        block = rows[start : start + ADD_BATCH].astype(np.float32)
+        block = widened(rows[start : start + ADD_BATCH])
         lists[start : start + len(block)] = centroids.search(block, 1)[1][:, 0]
     return lists
 
@@ -234,7 +289,7 @@ def encode(trained: Path, rows: np.ndarray, lists: np.ndarray, out: Path) -> Non
             one.reset()
             for start in range(0, len(chosen), ADD_BATCH):
                 batch = chosen[start : start + ADD_BATCH]
-                one.add_with_ids(rows[batch].astype(np.float32), batch)
+                one.add_with_ids(widened(rows[batch]), batch)
             layout[number] = _write_list(file, one)
     np.save(out / LAYOUT_FILE, layout)
 
@@ -338,6 +393,13 @@ class Quantiser:
         return found
 
 
+def shares_of_lists(sizes: np.ndarray, shares: int) -> np.ndarray:
+    """To which of so many shares of a segment, about as large each, every list belongs: int64[nlist]."""
+    before = np.cumsum(sizes) - sizes
+    found: np.ndarray = before * shares // max(int(sizes.sum()), 1)
+    return found
+
+
 class Lists:
     """The codes of one segment in inverted lists, mapped.
 
@@ -352,8 +414,7 @@ class Lists:
         path = directory / LISTS_FILE
         self._check(layout, quantiser.nlist, path)
         self.sizes = layout[:, 0].astype(np.int64)
-        before = np.cumsum(self.sizes) - self.sizes
-        layout[before * part[1] // max(int(self.sizes.sum()), 1) != part[0]] = 0
+        layout[shares_of_lists(self.sizes, part[1]) != part[0]] = 0
         self._inverted = faiss.OnDiskInvertedLists()
         self._inverted.nlist, self._inverted.code_size = quantiser.nlist, 1  # so that a list's `capacity` is in bytes
         self._inverted.filename, self._inverted.totsize = str(path), os.path.getsize(path)
@@ -472,7 +533,7 @@ def build_graph(factory: str, rows: np.ndarray, out: Path) -> None:
     """Build the graph of one segment from row-store vectors float16[N, D]."""
     index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     sample = rows[:: max(1, len(rows) // 65_536)]
-    index.train(sample.astype(np.float32))
+    index.train(widened(sample))
     for start in range(0, len(rows), ADD_BATCH):
-        index.add(rows[start : start + ADD_BATCH].astype(np.float32))
+        index.add(widened(rows[start : start + ADD_BATCH]))
     faiss.write_index(index, str(out))

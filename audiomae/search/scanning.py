@@ -259,12 +259,15 @@ class Scanner:
         return [(piece, selection) for piece, selection in pairs if selection is None or selection.count]
 
     def _candidates(self, queries: np.ndarray, found: Sequence[Ranked], count: int) -> Candidates:
-        approximate, rows = best(found, count, len(queries))
-        vectors = self.vectors(rows.ravel()).reshape(*rows.shape, self.dim)
-        # row by row, so that a row's score does not depend on which others there are
-        scores = np.einsum("qnd,qd->qn", vectors, queries)
-        scores[rows < 0] = -np.inf
-        return Candidates(approximate, rows, scores)
+        approximate, rows = found[0] if len(found) == 1 else best(found, count, len(queries))
+        scores = np.full(rows.shape, -np.inf, np.float32)
+        for piece in self.pieces:
+            mine = (rows >= piece.start) & (rows < piece.start + piece.segment.num_rows)
+            for query in range(len(queries)):
+                if mine[query].any():
+                    store, one = piece.segment.store, queries[query : query + 1]
+                    scores[query, mine[query]] = store.scores(one, rows[query, mine[query]] - piece.start)
+        return Candidates(np.where(rows < 0, np.float32(-np.inf), approximate), rows, scores)
 
 
 def _sift(

@@ -24,9 +24,9 @@ import numpy as np
 
 from audiomae.artifacts import releases
 from audiomae.artifacts.releases import Release
-from audiomae.search.index import INDEX_FILE, LISTS_FILE, VECTORS_FILE, Ranked, Selection
+from audiomae.search.index import INDEX_FILE, LISTS_FILE, VECTORS_FILE, Ranked, Selection, shares_of_lists
 from audiomae.search.indexed import segment_folders, segment_rows
-from audiomae.search.scanning import Candidates, Piece, Probe, Scanner, Sieve, StoredSegment, best, top
+from audiomae.search.scanning import Candidates, Outline, Piece, Probe, Scanner, Sieve, StoredSegment, best, top
 from audiomae.search.searcher import open_quantiser
 from audiomae.search.spec import IndexSpec
 
@@ -165,6 +165,7 @@ class Shards:
         parts: what each has, from `divide`.
         starts: the first row of every segment, and the number of all rows.
         pool: threads to ask from; several releases may share one.
+        sizes: rows of every list in each segment, for inverted lists: who has nothing in a list is not asked about it.
 
     Attributes:
         missing: names of the shards that did not answer.
@@ -176,16 +177,21 @@ class Shards:
         parts: Sequence[Sequence[SegmentPart]],
         starts: np.ndarray,
         pool: ThreadPoolExecutor,
+        sizes: Sequence[np.ndarray] = (),
     ) -> None:
         self._asks, self._starts, self._pool = dict(asks), starts, pool
         self._parts = dict(zip(asks, parts, strict=True))
+        self._has = np.stack([_lists_of(mine, sizes) for mine in self._parts.values()]) if len(sizes) else None
         self.missing: set[str] = set()
 
     @classmethod
     def of(cls, release: Release, divided: Divided) -> "Shards":
         """Those of a release on a local disk."""
-        starts = np.cumsum([0, *(rows for _, _, rows in segment_folders(release))])
-        return cls(divided.asks, divide_release(release, len(divided.asks)), starts, divided.pool)
+        found = segment_folders(release)
+        starts = np.cumsum([0, *(rows for _, _, rows in found)])
+        in_lists = release.info.get("quantiser") is not None
+        sizes = [Outline(folder, rows).sizes for _, folder, rows in found] if in_lists else []
+        return cls(divided.asks, divide_release(release, len(divided.asks)), starts, divided.pool, sizes)
 
     def afresh(self) -> "Shards":
         """The same shards for one search, with nothing missing yet."""
@@ -196,12 +202,12 @@ class Shards:
     def scan(self, queries: np.ndarray, count: int, probe: Probe, allowed: Any) -> Candidates:
         """As `Scans.scan`."""
         arrays = {"queries": queries, **probe._asdict()}
-        return self._candidates(Question("scan", {"count": count}, arrays), allowed, count)
+        return self._candidates(Question("scan", {"count": count}, arrays), allowed, count, probe.lists)
 
     def sift(self, queries: np.ndarray, k: int, probe: Probe, sieve: Sieve, allowed: Any) -> Ranked:
         """As `Scans.sift`."""
         arrays = {"queries": queries, **probe._asdict(), "last": sieve.last, "margin": sieve.margin}
-        found = self._ask_all(Question("sift", {"k": k, "most": sieve.most}, arrays), allowed)
+        found = self._ask_all(Question("sift", {"k": k, "most": sieve.most}, arrays), allowed, probe.lists)
         return best([(scores, rows) for scores, rows in found], k, len(queries))
 
     def walk(self, queries: np.ndarray, count: int, effort: int, allowed: Any) -> Candidates:
@@ -240,18 +246,23 @@ class Shards:
             raise ShardMissingError(", ".join(sorted(self.missing)))
         return found
 
-    def _candidates(self, question: Question, allowed: Any, count: int) -> Candidates:
-        found = self._ask_all(question, allowed)
+    def _candidates(self, question: Question, allowed: Any, count: int, lists: np.ndarray | None = None) -> Candidates:
+        found = self._ask_all(question, allowed, lists)
         if not found:
             scores, rows = best([], count, len(question.arrays["queries"]))
             return Candidates(scores, rows, scores)
+        if len(found) == 1:
+            return Candidates(*found[0])
         approximate, rows, scores = (np.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
         return Candidates(*top(approximate, count, rows, approximate, rows, scores))
 
-    def _ask_all(self, question: Question, allowed: Any) -> list[Sequence[np.ndarray]]:
+    def _ask_all(self, question: Question, allowed: Any, lists: np.ndarray | None = None) -> list[Sequence[np.ndarray]]:
         asked: dict[str, Question] = {}
-        for name, parts in self._parts.items():
-            if not parts or name in self.missing:
+        needed = [True] * len(self._parts)
+        if lists is not None and self._has is not None:
+            needed = [bool(has.any()) for has in self._has[:, lists.ravel()]]
+        for (name, parts), is_needed in zip(self._parts.items(), needed, strict=True):
+            if not parts or not is_needed or name in self.missing:
                 continue
             mine = None if allowed is None else {part.segment: allowed[part.segment] for part in parts}
             if mine is None or any(selection.count for selection in mine.values()):
@@ -265,3 +276,12 @@ class Shards:
             except ShardMissingError:
                 self.missing.add(name)
         return [found[name] for name in names if name in found]
+
+
+def _lists_of(parts: Sequence[SegmentPart], sizes: Sequence[np.ndarray]) -> np.ndarray:
+    """In which lists these parts have any row: bool[nlist + 1], the last for no list (-1)."""
+    has = np.zeros(len(sizes[0]) + 1, bool)
+    for part in parts:
+        number, of = part.part
+        has[:-1] |= (shares_of_lists(sizes[part.segment], of) == number) & (sizes[part.segment] > 0)
+    return has

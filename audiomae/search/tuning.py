@@ -21,6 +21,7 @@ from audiomae.search import index as ann
 from audiomae.search.searcher import Chosen, Searcher
 from audiomae.search.segments import IDS_FILE
 from audiomae.search.spec import IndexSpec
+from audiomae.vectors import widened
 
 K = 10
 TIE = 1e-4  # float16 rounding of two equal vectors' similarities
@@ -172,7 +173,7 @@ def exact_block(task: Task, folder: Path, deleted: np.ndarray, queries: Queries,
     best = [np.full((count, K), -np.inf, np.float32) for count in shapes]
     for low in range(block.start, block.stop, STEP_ROWS):
         high = min(low + STEP_ROWS, block.stop)
-        scores = queries.vectors @ rows[low:high].astype(np.float32).T
+        scores = queries.vectors @ widened(rows[low:high]).T
         dead = deleted[(deleted >= start + low) & (deleted < start + high)] - start - low
         scores[:, dead] = -np.inf
         inside = np.flatnonzero((queries.own >= start + low) & (queries.own < start + high))

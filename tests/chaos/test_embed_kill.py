@@ -96,14 +96,13 @@ def assert_same(out: Path, undisturbed: Path) -> None:
     assert {f"embeddings/{path.name}" for path in (out / "embeddings").iterdir()} == named
 
 
-def test_five_kills_of_every_kind_leave_no_trace(
+def test_a_kill_of_every_kind_leaves_no_trace(
     cluster: EmbedCluster, encoder: Path, corpus: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(2026)
     job = Job(cluster, encoder, corpus, tmp_path / "out")
-    job.hurt("encode", rng)
-    job.hurt("driver", rng)
     job.hurt("decode", rng, "--topology", "split")
+    job.hurt("encode", rng)
     job.hurt("node", rng)
     job.hurt("driver", rng)
     done = sum(EmbeddingSet.open(job.out).receipts[shard].inputs for shard in EmbeddingSet.open(job.out).shards)

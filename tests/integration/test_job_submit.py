@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from audiomae.corpus.synthetic import generate
+from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from tests.processes import kill_family
 
 pytestmark = pytest.mark.timeout(1800)  # minutes on a busy machine
@@ -72,20 +73,25 @@ def _submit(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[s
     return done
 
 
-def test_train_and_embed_as_submitted_jobs(head: dict[str, str], tmp_path: Path) -> None:
+def test_training_as_a_submitted_job(head: dict[str, str], tmp_path: Path) -> None:
     corpus = generate(tmp_path / "corpus", num_clips=40, seed=3, bad_files=True)
     train = ["ray_jobs/train.py", "--config", "ray_jobs/recipes/debug.yaml", "--corpus", str(corpus)]
     train += ["--set", "epochs=1", "--set", "workers.num=1"]
     done = _submit(head, *train, "--storage", str(tmp_path / "runs"), "--name", "submitted")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    encoder = tmp_path / "runs" / "submitted" / "encoder"
-    assert (encoder / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "submitted" / "encoder" / "model.safetensors").exists()
     assert "decoding: " in done.stdout and "Execution plan" not in done.stdout  # our progress, not Ray Data's log
 
-    embed = ["ray_jobs/embed_corpus.py", "--encoder", str(encoder), "--corpus", str(corpus), "--per-file"]
+
+@pytest.mark.slow
+def test_embedding_as_a_submitted_job(head: dict[str, str], tmp_path: Path) -> None:
+    corpus = generate(tmp_path / "corpus", num_clips=40, seed=3, bad_files=True)
+    encoder = AudioEncoder.from_config(EncoderConfig.model_validate({"backbone": {"size": "debug"}}))
+    encoder.save(tmp_path / "encoder")
+    embed = ["ray_jobs/embed_corpus.py", "--encoder", str(tmp_path / "encoder"), "--corpus", str(corpus), "--per-file"]
     done = _submit(head, *embed, "--out", str(tmp_path / "embeddings"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "SUCCEEDED" in done.stdout.upper()
+    assert "SUCCEEDED" in done.stdout.upper() and "Execution plan" not in done.stdout
     assert (tmp_path / "embeddings" / "run.json").exists()
 
 

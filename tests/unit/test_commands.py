@@ -119,3 +119,10 @@ def test_the_reference_has_every_key_and_is_what_the_code_says() -> None:
 
 def test_the_interface_page_is_what_the_docstrings_say() -> None:
     assert (reference.DOCS / "api.md").read_text() == reference.api_page(), "run: python -m ray_jobs.reference"
+
+
+def test_serve_run_starts_without_torch() -> None:
+    code = "import sys, serve.app; print([name for name in ('torch', 'librosa', 'sklearn') if name in sys.modules])"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=Path(train.__file__).parents[1], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["[]"]

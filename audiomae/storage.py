@@ -77,19 +77,20 @@ def write_bytes(path: Location, data: bytes) -> None:
 def put_if_absent(path: Location, data: bytes) -> bool:
     """Create `path` with `data` unless it exists; of several writers exactly one gets `True`.
 
-    Locally this is a hard link to a finished temporary file, on S3 a conditional put (`If-None-Match: *`).
+    Locally this is a hard link to a finished file without a name (with a temporary one where the disk has no such), of
+    which a killed writer leaves nothing behind; on S3 a conditional put (`If-None-Match: *`).
     """
     place = _place(path)
     if place.startswith("s3://"):
         return s3.write(place, data, if_absent=True)
-    temporary = _write_temporary(place, data)
-    try:
-        os.link(temporary, place)
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
-    return True
+    created = _link_unnamed(place, data)
+    if created is None:
+        temporary = _write_temporary(place, data)
+        try:
+            created = _linked(temporary, place)
+        finally:
+            os.unlink(temporary)
+    return created
 
 
 def exists(path: Location) -> bool:
@@ -264,6 +265,32 @@ def _place(path: Location) -> str:
 def _temporary_name(place: str) -> str:
     folder, _, name = place.rpartition("/")
     return f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+
+
+def _link_unnamed(place: str, data: bytes) -> bool | None:
+    """Create `place` from a file without a name; False when it exists, None where that cannot be done."""
+    folder = os.path.dirname(place)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(folder, os.O_WRONLY | os.O_TMPFILE, 0o666)
+    except (OSError, AttributeError):  # a network disk, another system; whatever else it is shows on the other way
+        return None
+    with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+        try:
+            return _linked(f"/proc/self/fd/{descriptor}", place, src_dir_fd=descriptor)  # which makes Python follow it
+        except OSError:
+            return None
+
+
+def _linked(source: str, place: str, src_dir_fd: int | None = None) -> bool:
+    try:
+        os.link(source, place, src_dir_fd=src_dir_fd)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _write_temporary(place: str, data: bytes) -> str:

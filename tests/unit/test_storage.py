@@ -1,4 +1,5 @@
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +31,33 @@ def test_put_if_absent_has_exactly_one_winner(root: UPath) -> None:
         won = list(pool.map(lambda i: storage.put_if_absent(path, str(i).encode()), range(8)))
     assert sum(won) == 1
     assert storage.read_bytes(path) == str(won.index(True)).encode()
+
+
+def test_a_writer_that_ends_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", ended)
+        with pytest.raises(KeyboardInterrupt):
+            storage.put_if_absent(tmp_path / "made" / "receipt.json", b"{}")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+@pytest.mark.parametrize("lacking", ["O_TMPFILE", "/proc"])
+def test_without_files_that_have_no_name_there_is_one_winner_too(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacking == "O_TMPFILE":
+        monkeypatch.delattr("os.O_TMPFILE")
+    else:
+        link = os.link
+        monkeypatch.setattr(
+            "os.link", lambda source, place, src_dir_fd=None: link(source.replace("/proc", "/no"), place)
+        )
+    place = tmp_path / "made" / "receipt.json"
+    assert storage.put_if_absent(place, b"first") and not storage.put_if_absent(place, b"second")
+    assert place.read_bytes() == b"first" and [path.name for path in place.parent.iterdir()] == ["receipt.json"]
 
 
 def test_copy_tree_and_fetch_dir(root: UPath, tmp_path: Path) -> None:

@@ -279,13 +279,17 @@ def _link_unnamed(place: str, data: bytes) -> bool | None:
         file.write(data)
         file.flush()
         os.fsync(descriptor)
+        unnamed = f"/proc/self/fd/{descriptor}"
         try:
-            return _linked(f"/proc/self/fd/{descriptor}", place, src_dir_fd=descriptor)  # which makes Python follow it
+            return _linked(unnamed, place, src_dir_fd=descriptor) if os.path.lexists(unnamed) else None
+        except FileNotFoundError:  # the folder was removed meanwhile
+            raise
         except OSError:
             return None
 
 
 def _linked(source: str, place: str, src_dir_fd: int | None = None) -> bool:
+    """Link a file; any `src_dir_fd` makes Python follow a source that is a symbolic link, as those of /proc are."""
     try:
         os.link(source, place, src_dir_fd=src_dir_fd)
     except FileExistsError:

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,10 +125,10 @@ def test_a_number_whose_owner_is_just_leaving_is_passed_over(tmp_path: Path, mon
     base = publish(tmp_path / "index", tmp_path)
     link = os.link
 
-    def leave_first(temporary: Path, path: str) -> None:
+    def leave_first(source: str, path: str, **options: Any) -> None:
         if path.endswith("v000002/CLAIM"):
             release._remove(storage.to_path(path).parent)
-        link(temporary, path)
+        link(source, path, **options)
 
     monkeypatch.setattr(os, "link", leave_first)
     assert publish(tmp_path / "index", tmp_path, base).version == "v000003"

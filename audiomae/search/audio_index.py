@@ -52,7 +52,7 @@ class AudioIndex:
             opened = open_quantiser(folders, trained, self.spec)
             self._searcher = Searcher(outlines, shards, self.spec, opened, int(info["dim"]))
         self._segments = [IndexedSegment(name, folder, rows, NONE) for name, folder, rows in found]
-        self._ids = [np.load(folder / IDS_FILE, mmap_mode="r") for folder in folders]
+        self._ids = [np.asarray(np.load(folder / IDS_FILE, mmap_mode="r")) for folder in folders]
         self.table = ItemsTable(folders)
         self._deleted: np.ndarray = np.load(self._directory / DELETED_FILE)
         self._live = self._searcher.choose(self._live_mask(), filtered=False) if len(self._deleted) else None
@@ -296,16 +296,16 @@ class AudioIndex:
             )
         if k < 1:
             raise ValueError(f"k={k}, expected at least 1")
-        norms = np.linalg.norm(queries, axis=1, keepdims=True)
-        if not (np.isfinite(norms) & (norms > 1e-12)).all():
+        norms = np.sqrt(np.einsum("qd,qd->q", queries, queries))
+        if len(norms) and not (norms.min() > 1e-12 and norms.max() < np.inf):  # neither is true of NaN
             raise ValueError("a query vector is zero or has NaN or infinity in it; expected a finite direction")
-        return np.ascontiguousarray(queries / norms)
+        return np.ascontiguousarray(queries / norms[:, None])
 
     def _hits(
         self, searcher: Searcher, scores: np.ndarray, rows: np.ndarray, members: list[list[Members]] | None = None
     ) -> Hits:
         if len(self._ids) == 1:
-            ids = np.array(self._ids[0][rows])
+            ids = self._ids[0][rows]
         else:
             ids = np.empty(rows.shape, np.int64)
             numbers = np.searchsorted(self._searcher.starts, rows, side="right") - 1

@@ -295,7 +295,8 @@ def best(found: Sequence[Ranked], k: int, queries: int) -> Ranked:
         return nothing(queries)
     if len(found) == 1:
         scores, rows = found[0]
-        scores = np.where(rows < 0, np.float32(-np.inf), scores)
+        if rows.size and rows.min() < 0:
+            scores = np.where(rows < 0, np.float32(-np.inf), scores)
     else:
         scores = np.concatenate([scores for scores, _ in found], axis=1)
         rows = np.concatenate([rows for _, rows in found], axis=1)

@@ -85,8 +85,11 @@ class Searcher:
 
     def afresh(self) -> "Searcher":
         """The same for one search: `missing` is then of that search alone."""
+        scanner = self.scanner.afresh()
+        if scanner is self.scanner:
+            return self
         other = copy.copy(self)
-        other.scanner = self.scanner.afresh()
+        other.scanner = scanner
         return other
 
     @property
@@ -129,8 +132,8 @@ class Searcher:
             scores, rows = self._search_filtered(queries, wanted, chosen, spec)
         else:
             scores, rows = self._search_index(queries, wanted, chosen, spec)
-            short = np.flatnonzero((rows < 0).any(axis=1))
-            if len(short):  # the lists probed held too few: compare everything
+            if rows[:, -1].min() < 0:  # the lists probed held too few: compare everything
+                short = np.flatnonzero(rows[:, -1] < 0)
                 found = self.scanner.compare(np.ascontiguousarray(queries[short]), wanted, allowed(chosen))
                 scores[short], rows[short] = padded(*found, wanted)
         return padded(scores, rows, k)

@@ -267,7 +267,7 @@ def test_no_vector_is_in_memory_twice(tmp_path: Path) -> None:
     make_release(tmp_path / "index", [embeddings], **KINDS["ivf"])
     index = AudioIndex.open(tmp_path / "index")
     segment: Any = index._searcher.segments[0]
-    assert isinstance(segment.store.rows.base, np.memmap) and isinstance(index._ids[0], np.memmap)
+    assert isinstance(segment.store.rows.base, np.memmap) and isinstance(index._ids[0].base, np.memmap)
     assert segment.lists is not None
     maps = Path("/proc/self/maps").read_text()
     for name in ("lists.bin", "vectors.faiss", "items.arrow"):

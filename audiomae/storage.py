@@ -258,8 +258,9 @@ def fetch_dir(uri: Location) -> Path:
 
 def _place(path: Location) -> str:
     """The text of `to_path`; what is absolute becomes no path, which takes longer than to write a small file."""
-    is_plain = isinstance(path, str) and (path.startswith("s3://") or os.path.isabs(path))
-    return path if isinstance(path, str) and is_plain else str(to_path(path))
+    if isinstance(path, str) and (path.startswith("s3://") or os.path.isabs(path)):
+        return path
+    return str(to_path(path))
 
 
 def _temporary_name(place: str) -> str:
@@ -276,9 +277,7 @@ def _link_unnamed(place: str, data: bytes) -> bool | None:
     except (OSError, AttributeError):  # a network disk, another system; whatever else it is shows on the other way
         return None
     with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
+        _store(file, data)
         unnamed = f"/proc/self/fd/{descriptor}"
         try:
             return _linked(unnamed, place, src_dir_fd=descriptor) if os.path.lexists(unnamed) else None
@@ -286,6 +285,12 @@ def _link_unnamed(place: str, data: bytes) -> bool | None:
             raise
         except OSError:
             return None
+
+
+def _store(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _linked(source: str, place: str, src_dir_fd: int | None = None) -> bool:
@@ -299,16 +304,11 @@ def _linked(source: str, place: str, src_dir_fd: int | None = None) -> bool:
 
 def _write_temporary(place: str, data: bytes) -> str:
     temporary = _temporary_name(place)
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
+            _store(file, data)
     except BaseException:
         os.unlink(temporary)
         raise

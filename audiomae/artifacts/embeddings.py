@@ -150,7 +150,7 @@ def commit_shard(out: str | UPath, shard: str, tables: ShardTables, origin: Shar
 
     The loser removes what it wrote. An empty `failures` or `silent` table is not written.
     """
-    attempt = new_attempt()
+    out, attempt = to_path(out), new_attempt()
     named = {EMBEDDINGS: tables.embeddings, FAILURES: tables.failures, SILENT: tables.silent}
     files = {}
     for kind, table in named.items():
@@ -193,7 +193,7 @@ def joined_precision(precisions: Iterable[str | None]) -> str | None:
 
 def receipt_path(out: str | UPath, shard: str) -> str:
     """Where the receipt of a shard lies."""
-    return f"{out}/commits/{shard}.json"
+    return f"{to_path(out)}/commits/{shard}.json"  # without the slash that a bucket's prefix may end with
 
 
 def is_committed(out: str | UPath, shard: str) -> bool:

@@ -35,9 +35,8 @@ def head() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="ray-") as temp:
         command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={_free_port()}"]
         command += [f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--num-cpus=4"]
-        command += [
-            "--dashboard-agent-listen-port=0"
-        ]  # it begins to listen late: a port that is free now may not be then
+        # the agent begins to listen late: a port that is free now may not be then
+        command += ["--dashboard-agent-listen-port=0"]
         command += [
             "--object-store-memory=400000000",
             f"--ray-client-server-port={_free_port()}",

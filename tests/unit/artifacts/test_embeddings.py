@@ -16,6 +16,7 @@ from audiomae.artifacts.embeddings import (
     collect_garbage,
     commit_shard,
     read_receipt,
+    receipt_path,
     write_run,
 )
 from audiomae.artifacts.tables import (
@@ -277,3 +278,8 @@ def test_a_damaged_receipt_plan_or_run_record_is_refused(out: Path) -> None:
             EmbeddingSet.open(out)
         (out / name).write_text(text)
     assert EmbeddingSet.open(out).num_rows == 3
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/out/", "s3://bucket/out", "/disk/out/"])
+def test_a_folder_may_be_named_with_a_slash_at_its_end(out: str) -> None:
+    assert receipt_path(out, "000000-000001") == f"{out.rstrip('/')}/commits/000000-000001.json"

@@ -49,7 +49,7 @@ from audiomae.artifacts.tables import (
 )
 from audiomae.config import StrictConfig
 from audiomae.errors import IntegrityError
-from audiomae.storage import exists, list_names, remove, sha256_bytes, to_path, write_bytes
+from audiomae.storage import below, exists, list_names, remove, sha256_bytes, to_path, write_bytes
 
 EMBEDDINGS, FAILURES, SILENT = "embeddings", "failures", "silent"
 FIX_SHARD = "restore it, or delete the shard's commits/*.json and relaunch the embed_corpus job to embed it again"
@@ -150,20 +150,20 @@ def commit_shard(out: str | UPath, shard: str, tables: ShardTables, origin: Shar
 
     The loser removes what it wrote. An empty `failures` or `silent` table is not written.
     """
-    out, attempt = to_path(out), new_attempt()
+    attempt = new_attempt()
     named = {EMBEDDINGS: tables.embeddings, FAILURES: tables.failures, SILENT: tables.silent}
     files = {}
     for kind, table in named.items():
         if kind == EMBEDDINGS or table.num_rows:
             name, data = f"{kind}/{shard}-{attempt}.parquet", parquet_bytes(table)
-            write_bytes(f"{out}/{name}", data)
+            write_bytes(below(out, name), data)
             files[name] = entry_of(data)
     facts = {"shard": shard, "attempt": attempt, **tables.counts, **origin.model_dump()}
     facts["audio_s"] = round(origin.audio_s, 6)
     if receipts.create(receipt_path(out, shard), receipts.Receipt(files, facts)):
         return True
     for name in files:
-        remove(f"{out}/{name}")
+        remove(below(out, name))
     return False
 
 
@@ -193,7 +193,7 @@ def joined_precision(precisions: Iterable[str | None]) -> str | None:
 
 def receipt_path(out: str | UPath, shard: str) -> str:
     """Where the receipt of a shard lies."""
-    return f"{to_path(out)}/commits/{shard}.json"  # without the slash that a bucket's prefix may end with
+    return below(out, f"commits/{shard}.json")
 
 
 def is_committed(out: str | UPath, shard: str) -> bool:

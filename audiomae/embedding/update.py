@@ -24,6 +24,7 @@ from audiomae.artifacts.embeddings import (
     read_receipts,
     read_shard,
     read_silent,
+    receipt_path,
     write_table,
 )
 from audiomae.artifacts.receipts import FileEntry, Receipt, read_file
@@ -180,13 +181,12 @@ def copy_shard(out: str, plan: Plan, entry: ShardEntry) -> bool:
     Raises:
         IntegrityError: when the base shard is gone, or has neither a row nor a failure for one of the items.
     """
-    items = read_shard_items(out, entry)
+    items, name = read_shard_items(out, entry), entry.base or ""
     try:
-        base = read_receipt(out, entry.base or "")
+        base = read_receipt(out, name)
     except FileNotFoundError:
-        raise IntegrityError(
-            f"{out}/commits/{entry.base}.json: expected as the base of shard {entry.name}, not found"
-        ) from None
+        path = receipt_path(out, name)
+        raise IntegrityError(f"{path}: expected as the base of shard {entry.name}, not found") from None
     tables = read_shard(out, base), read_failures(out, base), read_silent(out, base)
     rows, failures, silent = (table.filter(pc.is_in(table["uri"], items["uri"].combine_chunks())) for table in tables)
     missing = set(items["uri"].to_pylist()) - set(rows["uri"].to_pylist()) - set(failures["uri"].to_pylist())

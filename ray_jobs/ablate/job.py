@@ -14,7 +14,7 @@ from audiomae.cli import Progress
 from audiomae.config import build_config, flat, nearest, resolve_tree
 from audiomae.corpus.paths import is_s3, join
 from audiomae.errors import UserError
-from audiomae.storage import sha256_bytes, sha256_file, to_path, write_bytes
+from audiomae.storage import below, sha256_bytes, sha256_file, to_path, write_bytes
 from audiomae.training.recipe import Recipe
 from ray_jobs._ray import connect
 from ray_jobs.ablate.rows import Row, Unit, config_trees, load_rows, plan_units, selected
@@ -206,7 +206,8 @@ def _caches(out: str, root: str, listing: pa.Table, todo: Sequence[Unit]) -> dic
         name = _features_of(unit)
         if unit.method in TRAINS and name not in caches:
             config = build_config(Recipe, unit.config)
-            path, clips = build_cache(f"{out}/features", root, listing, config.encoder.features, config.data.clip_s)
+            features = below(out, "features")
+            path, clips = build_cache(features, root, listing, config.encoder.features, config.data.clip_s)
             caches[name] = (path, clips.filter(pc.is_null(clips["error"])))
     return caches
 

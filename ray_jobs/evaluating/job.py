@@ -15,7 +15,7 @@ from audiomae.evaluation.baselines import BASELINES, RANDOM, centred, corpus_vec
 from audiomae.evaluation.cautions import cautions, hubness, trained_files
 from audiomae.evaluation.rows import LabelledRows, read_rows
 from audiomae.evaluation.runs import RunResult, compare_runs, evaluate_rows
-from audiomae.storage import read_json, sha256_bytes, to_path, write_bytes, write_json
+from audiomae.storage import below, read_json, sha256_bytes, to_path, write_bytes, write_json
 from ray_jobs._tasks import answers_of
 from ray_jobs.configs import EvaluateConfig, EvaluateOptions, Evaluation
 
@@ -26,10 +26,11 @@ def run(config: EvaluateConfig) -> Evaluation:
     """See `ray_jobs.evaluate_retrieval.evaluate`."""
     sets = [_open(directory) for directory in [config.embeddings, *config.compare]]
     out, inputs = to_path(config.out), _inputs_hash(config, sets)
+    report = below(out, "report.html")
     if done := _finished(out, inputs):
-        print(f"already evaluated, nothing to do: {out}/report.html")
+        print(f"already evaluated, nothing to do: {report}")
         _print_table([done, *done["others"].values()])
-        return Evaluation(str(out), done, f"{out}/report.html")
+        return Evaluation(str(out), done, report)
 
     names = display_names([found.encoder for found in sets], [config.embeddings, *config.compare])
     try:
@@ -54,7 +55,7 @@ def run(config: EvaluateConfig) -> Evaluation:
     for line in warned:
         print(f"caution: {line}")
     print(f"report: {out}/report.html")
-    return Evaluation(str(out), metrics, f"{out}/report.html")
+    return Evaluation(str(out), metrics, report)
 
 
 def display_names(encoders: Sequence[str], directories: Sequence[str]) -> list[str]:

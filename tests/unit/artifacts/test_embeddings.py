@@ -28,7 +28,7 @@ from audiomae.artifacts.tables import (
     vectors_to_column,
 )
 from audiomae.errors import IntegrityError
-from audiomae.storage import write_json
+from audiomae.storage import to_path, write_json
 
 SETTINGS = EmbedSettings(fingerprint="f" * 64, dim=4, sample_rate=16000, mode="windows", window_s=5, hop_s=5)
 
@@ -280,6 +280,8 @@ def test_a_damaged_receipt_plan_or_run_record_is_refused(out: Path) -> None:
     assert EmbeddingSet.open(out).num_rows == 3
 
 
-@pytest.mark.parametrize("out", ["s3://bucket/out/", "s3://bucket/out", "/disk/out/"])
-def test_a_folder_may_be_named_with_a_slash_at_its_end(out: str) -> None:
-    assert receipt_path(out, "000000-000001") == f"{out.rstrip('/')}/commits/000000-000001.json"
+@pytest.mark.parametrize("out", ["s3://bucket/out/", "s3://bucket/out", "s3://bucket/", "s3://bucket", "/disk/out/"])
+def test_a_folder_may_be_a_bucket_or_named_with_a_slash_at_its_end(out: str) -> None:
+    for folder in (out, to_path(out)):
+        assert receipt_path(folder, "000000-000001") == f"{out.rstrip('/')}/commits/000000-000001.json"
+        assert to_path(receipt_path(folder, "000000-000001")) == to_path(out) / "commits" / "000000-000001.json"

@@ -5,8 +5,10 @@ how many seconds a unit of cost takes. A request that would wait longer than `ma
 refused at once with 503 and a `Retry-After`: under overload those who are let in keep their latency, and the rest know
 soon. Whoever gives up waiting, or leaves, frees the place.
 
-A burst may wait longer than that, as its clients would only come again. When refusals outnumber answers it is no burst:
-the queue is cut to a quarter, the last to come first, and stays so short until the storm is over.
+A burst may wait longer than that, as its clients would only come again. When refusals outnumber answers it is no burst
+but a storm: the queue is cut to a quarter, the last to come first, and stays so short until nobody has been refused for
+a second. In a storm refusals also say (`PACE_HEADER`) how far apart requests may come so that about as many are let in
+as get done; `serve.proxy` keeps to it and refuses the rest before they cost this process anything.
 
 Lanes are of one event loop; nothing here locks. Health, readiness, metrics and administration go through none of them.
 """
@@ -19,11 +21,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from serve.problems import Problem
+from serve.proxy import PACE_HEADER, STORM_S
 
 SMOOTHING = 0.1  # weight of the newest measurement of a unit's seconds
 MAX_RETRY_S = 60
 MEMORY_S = 1.0  # how long refusals and answers are remembered
 STORM_QUEUE = 4  # so many times fewer may wait in a storm
+PACE = 1.25  # so many requests are let in for each that gets done, lest there be too few
 
 
 class Recent:
@@ -49,17 +53,27 @@ class Lane:
         max_wait_s: the longest wait that is worth taking on.
         min_queue: so many may wait however slow the lane is (a burst of patient clients).
         unit_s: first guess of the seconds that one unit of cost takes.
+        replicas: how many processes share the requests, each with a lane of its own.
     """
 
-    def __init__(self, name: str, places: int, max_wait_s: float, min_queue: int = 0, unit_s: float = 0.01) -> None:
+    def __init__(
+        self,
+        name: str,
+        places: int,
+        max_wait_s: float,
+        min_queue: int = 0,
+        unit_s: float = 0.01,
+        replicas: int = 1,
+    ) -> None:
         self.name, self.places, self.max_wait_s, self.min_queue = name, places, max_wait_s, min_queue
-        self.working = 0
+        self.working, self._replicas = 0, replicas
         self._unit_s = unit_s
         self._waiting: deque[tuple[asyncio.Future[None], float]] = deque()
         self._queued_cost = self._working_cost = 0.0
         self._busy_since: float | None = None
         self._done_cost = 0.0
         self._refused, self._answered = Recent(), Recent()
+        self._storm_end = -math.inf
 
     @property
     def waiting(self) -> int:
@@ -74,9 +88,8 @@ class Lane:
 
     @property
     def storm(self) -> bool:
-        """Whether more are being refused than answered, and more than a full queue of them."""
-        refused = self._refused.count()
-        return refused > self.places + self.min_queue and refused > self._answered.count()
+        """Whether more were refused than answered, and more than a full queue of them; it lasts while refusals do."""
+        return time.monotonic() < self._storm_end
 
     def refuse_early(self) -> None:
         """Raise the problem that `place` would, before a body is read for nothing."""
@@ -114,7 +127,10 @@ class Lane:
         return self.min_queue // STORM_QUEUE if self.storm else self.min_queue
 
     def _refusal(self, wait_s: float) -> Problem:
-        self._refused.count(1)
+        refused = self._refused.count(1)
+        if self.storm or refused > max(self.places + self.min_queue, self._answered.count()):
+            self._storm_end = time.monotonic() + STORM_S
+        pace_us = self._pace_us()
         while self.waiting > self._may_wait():
             turn, cost = self._waiting[-1]
             if self.expected_wait_s() - cost * self._unit_s <= self.max_wait_s:
@@ -122,8 +138,14 @@ class Lane:
             self._waiting.pop()
             self._queued_cost -= cost
             if not turn.done():
-                turn.set_exception(overloaded(self.name, wait_s))
-        return overloaded(self.name, wait_s)
+                turn.set_exception(overloaded(self.name, wait_s, pace_us))
+        return overloaded(self.name, wait_s, pace_us)
+
+    def _pace_us(self) -> int | None:
+        """How far apart requests may come now, in microseconds; None where they need not keep apart."""
+        if not self.storm:
+            return None
+        return round(1e6 * MEMORY_S / (PACE * self._replicas * max(1.0, self._answered.count())))
 
     async def _wait(self, cost: float, deadline: float) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -133,11 +155,11 @@ class Lane:
             timeout = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
             await asyncio.wait_for(turn, timeout)
         except (TimeoutError, asyncio.CancelledError) as error:
-            if turn.done() and not turn.cancelled():  # its turn came in the same moment
-                self._leave(cost)
-            else:
+            if (turn, cost) in self._waiting:
                 self._waiting.remove((turn, cost))
                 self._queued_cost -= cost
+            elif not turn.cancelled() and turn.exception() is None:  # its turn came in the same moment
+                self._leave(cost)
             if isinstance(error, TimeoutError):
                 raise overloaded(self.name, self.expected_wait_s()) from None
             raise
@@ -174,13 +196,14 @@ class Lane:
             self._busy_since = None
 
 
-def overloaded(lane: str, wait_s: float) -> Problem:
+def overloaded(lane: str, wait_s: float, pace_us: int | None = None) -> Problem:
     """503: come back when what is queued now is done."""
+    pace = {} if pace_us is None else {PACE_HEADER: str(pace_us)}
     seconds = min(MAX_RETRY_S, max(1, math.ceil(wait_s)))
     return Problem(
         503,
         "overloaded",
         f"too much {lane} work is waiting (about {wait_s:.1f} s of it); try again in {seconds} s",
-        headers={"Retry-After": str(seconds)},
+        headers={"Retry-After": str(seconds), **pace},
         retry_after_s=seconds,
     )

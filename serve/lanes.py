@@ -26,7 +26,7 @@ class Lanes:
         self._timeout_s, wait_s = args.request_timeout_s, args.max_wait_s
         short = args.max_batch_size  # while one batch is encoded the next is decoded
         self.all = {
-            "short": Lane("short upload", short, wait_s, min_queue=max(0, BURST - short), unit_s=0.02),
+            "short": Lane("short upload", short, wait_s, max(0, BURST - short), 0.02, args.api_replicas),
             "long": Lane("long upload", 8, 20 * wait_s, min_queue=8, unit_s=0.05),
             "light": Lane("search", 8, wait_s, min_queue=BURST - 8, unit_s=0.001),
             "heavy": Lane("large search", 1, 10 * wait_s, min_queue=2, unit_s=0.0001),

@@ -1,5 +1,8 @@
 """Ray Serve's HAProxy with our manners: problem JSON for its own errors, patience with limits, private ports private.
 
+In a storm (`serve.admission`) it lets uploads through at the pace at which the service gets them done and refuses the
+others itself, which costs far less than to hand them on.
+
 Serve writes HAProxy's configuration itself and starts the program that `RAY_SERVE_HAPROXY_BINARY_PATH` names. That is
 `launcher`'s script, which runs this module: it adds what the configuration lacks and becomes HAProxy. What it does not
 recognise it leaves alone.
@@ -15,6 +18,7 @@ import sys
 import tempfile
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from audiomae.cpus import available_cpus
 
@@ -25,6 +29,8 @@ MAX_CONNECTIONS = 5_000
 BUFFER_BYTES = 32_768  # longest request line and headers; the service refuses less than that with 431
 DRAIN_S = 2
 CHECK_TIMEOUT_S = 60  # a busy machine is slow, not ill
+PACE_HEADER = "x-pace-us"  # of a refusal: how far apart uploads may come, in microseconds
+STORM_S = 1.0  # a storm is over when nobody has been refused for so long
 ERRORS = {
     400: ("bad_request", "the request is not valid HTTP, or its headers are too long"),
     408: ("header_timeout", f"the request's headers did not come within {HEADER_TIMEOUT_S} s"),
@@ -86,22 +92,52 @@ def launcher(home: Path) -> Path:
 
 
 def hardened(config: str, error_files: dict[int, Path]) -> str:
-    """Serve's configuration with its service ports on loopback, a limit on slow headers, and our error pages."""
+    """Serve's configuration with its service ports on loopback, a limit on slow headers, our error pages and pacing."""
     config = re.sub(r"^(\s*bind )(?:\*)?:(\d+)$", r"\g<1>127.0.0.1:\2", config, flags=re.MULTILINE)
     config = re.sub(r"^\s*errorfile .*\n", "", config, flags=re.MULTILINE)
     pages = "".join(f"    errorfile {status} {path}\n" for status, path in error_files.items())
     manners = f"defaults\n    timeout http-request {HEADER_TIMEOUT_S}s\n{pages}"
-    return re.sub(r"^defaults\n", lambda _: manners, config, count=1, flags=re.MULTILINE)
+    config = re.sub(r"^defaults\n", lambda _: manners, config, count=1, flags=re.MULTILINE)
+    return re.sub(r"^frontend http_frontend\n", lambda found: found[0] + pacing(), config, flags=re.MULTILINE)
+
+
+def pacing() -> str:
+    """Rules of a frontend: uploads no closer together than a refusal of the last second has asked for."""
+    page = json.dumps(problem(503, "overloaded", "too many uploads are coming in; try again in 1 s"))
+    is_upload, told = "METH_POST { path /search /embed }", f"{{ res.hdr({PACE_HEADER}) -m found }}"
+    stormy, early = "{ var(txn.storm_left) -m int gt 0 }", "{ var(txn.too_early) -m int gt 0 }"
+    answer = f"status 503 content-type application/problem+json hdr Retry-After 1 string '{page}'"
+    rules = [
+        f"http-request set-var(txn.now) date(0,us) if {is_upload}",
+        f"http-request set-var(txn.storm_left) var(proc.storm_end),sub(txn.now) if {is_upload}",
+        f"http-request set-var(txn.too_early) var(proc.next),sub(txn.now) if {stormy}",
+        f"http-request return {answer} if {early}",
+        f"http-request set-var(proc.next) var(proc.pace),add(txn.now) if {stormy}",
+        f"http-response set-var(proc.pace) res.hdr({PACE_HEADER}),add(0) if {told}",
+        f"http-response set-var(proc.storm_end) date({round(1e6 * STORM_S)},us) if {told}",
+        f"http-response del-header {PACE_HEADER}",
+    ]
+    return "".join(f"    {rule}\n" for rule in rules)
+
+
+def problem(status: int, code: str, detail: str) -> dict[str, Any]:
+    """A problem as `serve.problems.Problem` answers it."""
+    return {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": detail,
+    }
 
 
 def error_page(status: int) -> str:
     """A whole HTTP answer with a problem, as HAProxy sends it."""
     code, detail = ERRORS[status]
     shown = 503 if status == 502 else status
-    title = HTTPStatus(shown).phrase
-    body = json.dumps({"type": "about:blank", "title": title, "status": shown, "code": code, "detail": detail})
+    body = json.dumps(problem(shown, code, detail))
     head = [
-        f"HTTP/1.1 {shown} {title}",
+        f"HTTP/1.1 {shown} {HTTPStatus(shown).phrase}",
         "Content-Type: application/problem+json",
         f"Content-Length: {len(body)}",
         "Cache-Control: no-cache",

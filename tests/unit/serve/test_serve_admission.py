@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from serve.admission import STORM_QUEUE, Lane
+from serve.admission import PACE, STORM_QUEUE, Lane
 from serve.arguments import ServeArgs
 from serve.lanes import BURST, Lanes
 from serve.problems import Problem
+from serve.proxy import PACE_HEADER
 
 
 def lane(**options: Any) -> Lane:
@@ -55,7 +56,7 @@ def test_a_wait_that_would_be_too_long_is_refused_at_once_with_when_to_come_back
                 found: Any = refused()
                 await found
             assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
-            assert caught.value.headers == {"Retry-After": "6"}  # 4 queued, 2 of the 4 at work left
+            assert (caught.value.headers or {})["Retry-After"] == "6"  # 4 queued, 2 of the 4 at work left
         gate.set()
         await asyncio.gather(*tasks)
         busy.refuse_early()
@@ -80,28 +81,56 @@ def test_a_storm_cuts_the_queue_and_its_end_restores_it(monkeypatch: pytest.Monk
     async def scenario() -> None:
         clock = [100.0]
         monkeypatch.setattr("serve.admission.time.monotonic", lambda: clock[0])
-        busy, gate = lane(max_wait_s=0.001, min_queue=8), asyncio.Event()
+        busy, gate = lane(max_wait_s=0.001, min_queue=8, replicas=2), asyncio.Event()
         tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(9)]
         await asyncio.sleep(0)
         for _ in range(8):  # as many as a burst may have
             with pytest.raises(Problem):
                 busy.refuse_early()
         assert (busy.storm, busy.waiting) == (False, 8)
-        for _ in range(2):
-            with pytest.raises(Problem):
-                busy.refuse_early()
+        with pytest.raises(Problem) as calm:
+            busy.refuse_early()
+        assert PACE_HEADER not in (calm.value.headers or {})
+        with pytest.raises(Problem) as stormy:
+            busy.refuse_early()
         assert (busy.storm, busy.waiting) == (True, 2)
+        assert (stormy.value.headers or {})[PACE_HEADER] == str(round(1e6 / PACE / 2))  # two replicas, none answered
         await asyncio.sleep(0)
         shed = [task.exception() for task in tasks if task.done()]
         assert len(shed) == 6 and all(isinstance(error, Problem) and error.headers for error in shed)
         assert not tasks[1].done() and not tasks[2].done()  # who came first stays
-        clock[0] += 5.0
+        clock[0] += 0.9
+        with pytest.raises(Problem):
+            busy.refuse_early()
+        clock[0] += 0.9
+        assert busy.storm  # as long as there are refusals
+        clock[0] += 0.2
         assert not busy.storm
         more = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(6)]
         await asyncio.sleep(0)
         assert busy.waiting == 8
         gate.set()
         await asyncio.gather(*tasks[:3], *more)
+        assert (busy.working, busy.waiting) == (0, 0)
+
+    run(scenario)
+
+
+def test_who_is_shed_and_leaves_in_the_same_moment_frees_no_place_it_never_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        busy, gate = lane(max_wait_s=0.001, min_queue=4), asyncio.Event()
+        tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(5)]
+        await asyncio.sleep(0)
+        for _ in range(6):
+            with pytest.raises(Problem):
+                busy.refuse_early()
+        assert (busy.storm, busy.working, busy.waiting) == (True, 1, 1)
+        for task in tasks[2:]:
+            task.cancel()
+        assert all(isinstance(end, BaseException) for end in await asyncio.gather(*tasks[2:], return_exceptions=True))
+        assert (busy.working, busy.waiting) == (1, 1)
+        gate.set()
+        await asyncio.gather(*tasks[:2])
         assert (busy.working, busy.waiting) == (0, 0)
 
     run(scenario)

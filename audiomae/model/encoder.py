@@ -63,7 +63,7 @@ class AudioEncoder(nn.Module):
         self.centre: Tensor | None
         self.register_buffer("centre", torch.zeros(self.dim) if config.centred else None)
         self.discriminant: Tensor | None
-        self.register_buffer("discriminant", torch.eye(self.dim) if config.discriminant else None)
+        self.register_buffer("discriminant", torch.eye(self.dim, device="cpu") if config.discriminant else None)
         self.text_projection = nn.Linear(config.text.dim, self.dim) if config.text else None
         self.precision = "float32"  # of the arithmetic: or bfloat16, by autocast
         self._text_tower: TextTower | None = None

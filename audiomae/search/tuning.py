@@ -10,10 +10,10 @@ outside of what it leaves. Exact answers are found block by block, each on whate
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,7 @@ TIE = 1e-4  # float16 rounding of two equal vectors' similarities
 BLOCK_ROWS = 262_144
 STEP_ROWS = 32_768
 REFINE_STEPS = (1, 2, 4, 8, 16, 32, 64)
+EXHAUSTIVE_QUERIES = 20  # asked to see how fast comparing everything would be
 PLATEAU = 5e-4  # recall gained by probing twice as many lists, below which the codes are what is missing
 SELECTIVITIES = (0.5, 0.1, 0.05, 0.02, 0.01, 0.001)
 FILTERED_MEAN, FILTERED_LOW = 0.95, 0.90
@@ -102,11 +103,14 @@ class Recall:
     k: int = K
     filtered: list[dict[str, Any]] = field(default_factory=list)
     tried: list[dict[str, Any]] = field(default_factory=list)
+    exhaustive_per_s: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """For release.json."""
         facts = {"k": self.k, "value": self.value, "queries": self.queries}
-        return facts | ({"filtered": self.filtered} if self.filtered else {}) | {"tried": self.tried}
+        facts |= {"filtered": self.filtered} if self.filtered else {}
+        facts |= {"exhaustive_per_s": self.exhaustive_per_s} if self.exhaustive_per_s else {}
+        return facts | {"tried": self.tried}
 
 
 def blocks(task: Task) -> list[Block]:
@@ -222,36 +226,38 @@ def _tune_unfiltered(probe: "_Probe", spec: IndexSpec, target: float | None) -> 
     if probe.k < 1:
         return Recall(1.0, 0, spec)
     if target is None or spec.kind == "flat":
-        return Recall(probe.recall(spec), count, spec)
+        return Recall(probe.measure(spec).recall, count, spec)
+    everywhere = spec.model_copy(update={"kind": "flat"})
+    per_s = probe.measure(everywhere, EXHAUSTIVE_QUERIES).per_s
     best, tried = Recall(0.0, count, spec), []
-    for trial, value in _trials(probe, spec, target):
-        tried.append({"nprobe": trial.nprobe, "refine": trial.refine, "effort": trial.effort, "recall": value})
-        if value > best.value:
-            best = Recall(value, count, trial, tried=tried)
-        if value >= target:
+    for trial, found in _trials(probe, spec):
+        tried.append(trial.model_dump(include={"nprobe", "refine", "effort"}) | found._asdict())
+        if found.recall > best.value:
+            best = Recall(found.recall, count, trial, tried=tried, exhaustive_per_s=per_s)
+        if found.recall >= target:
             break
     return best
 
 
-def _trials(probe: "_Probe", spec: IndexSpec, target: float) -> Any:
+def _trials(probe: "_Probe", spec: IndexSpec) -> "Iterator[tuple[IndexSpec, _Measured]]":
     if spec.kind == "hnsw":
         for refine in [step for step in REFINE_STEPS if step >= spec.refine]:
             before = 0.0
             for effort in (16, 32, 64, 128, 256, 512, 1024):
                 trial = spec.model_copy(update={"effort": effort, "refine": refine})
-                yield trial, (value := probe.recall(trial))
-                if effort >= 64 and value - before < PLATEAU:
+                yield trial, (found := probe.measure(trial))
+                if effort >= 64 and found.recall - before < PLATEAU:
                     break
-                before = value
+                before = found.recall
         return
     for refine in [step for step in REFINE_STEPS if step >= spec.refine]:
         nprobe, before = 1, 0.0
         while nprobe <= spec.nlist:
             trial = spec.model_copy(update={"nprobe": nprobe, "refine": refine})
-            yield trial, (value := probe.recall(trial))
-            if nprobe >= 16 and value - before < PLATEAU:
+            yield trial, (found := probe.measure(trial))
+            if nprobe >= 16 and found.recall - before < PLATEAU:
                 break
-            nprobe, before = nprobe * 2, value
+            nprobe, before = nprobe * 2, found.recall
 
 
 def _tune_filtered(probe: "_Probe", found: Recall) -> Recall:
@@ -261,7 +267,14 @@ def _tune_filtered(probe: "_Probe", found: Recall) -> Recall:
         rows = [row for number in range(len(probe.queries.filters)) for row in probe.filtered(number, spec)]
         if all(row["mean"] >= FILTERED_MEAN and row["p5"] >= FILTERED_LOW for row in rows):
             break
-    return Recall(found.value, found.queries, spec, found.k, rows, found.tried)
+    return replace(found, spec=spec, filtered=rows)
+
+
+class _Measured(NamedTuple):
+    """The share of the exact neighbours that is found, and how many queries are answered in a second."""
+
+    recall: float
+    per_s: float
 
 
 class _Probe:
@@ -276,9 +289,11 @@ class _Probe:
         self.chosen = searcher.choose(self.live, filtered=False) if len(deleted) else None
         self.k = min(K, int(np.count_nonzero(self.live)) - 1)
 
-    def recall(self, spec: IndexSpec) -> float:
-        """Of all queries without a filter."""
-        return float(self._right(self.queries.vectors, self.queries.own, self.answers[0], self.chosen, spec).mean())
+    def measure(self, spec: IndexSpec, count: int | None = None) -> _Measured:
+        """The first `count` queries, or all, without a filter, asked all at once."""
+        started, queries = time.perf_counter(), self.queries
+        right = self._right(queries.vectors[:count], queries.own[:count], self.answers[0][:count], self.chosen, spec)
+        return _Measured(float(right.mean()), float(f"{len(right) / (time.perf_counter() - started):.4g}"))
 
     def filtered(self, number: int, spec: IndexSpec) -> list[dict[str, Any]]:
         """Of one filter, for queries inside and outside of it: recall mean, 5th percentile, median milliseconds."""

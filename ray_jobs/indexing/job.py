@@ -23,6 +23,7 @@ from ray_jobs._cluster import NodeRequest, notice_of_waiting
 from ray_jobs._ray import connect, in_cluster
 from ray_jobs._shared_disk import check_shared_disk
 from ray_jobs.configs import BuildConfig
+from ray_jobs.indexing.report import write_report
 
 MAX_ID = 2**63 - 1
 TASK_RETRIES = 3
@@ -65,6 +66,8 @@ def run(config: BuildConfig) -> Release:
     here = sum(segment.num_rows for segment in work.made) <= ROWS_BUILT_HERE and not in_cluster()
     published = run_build(work, config.out, config, run_here if here else run_tasks, save_encoder, facts)
     print_summary(published, config.out, time.monotonic() - started)
+    if report := write_report(published, config.out):
+        print(f"what was tried:  {report}")
     return published
 
 

@@ -66,6 +66,8 @@ def _init() -> None:
         return
     # Ray may create a token file for a local, loopback-only cluster that a later `ray job submit` would then lack.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # nobody takes this machine away, and the actor that would look out for it is a process of 3 s of CPU
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # by the environment: with a runtime_env Ray would start other workers than those it has ready
     os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(

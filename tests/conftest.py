@@ -23,6 +23,7 @@ os.environ.update(
     RAY_agent_register_timeout_ms="180000",  # likewise; a raylet whose agent is later ends itself
     RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
     RAY_TRAIN_V2_ENABLED="1",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # as in a Ray that a job starts for itself
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.25",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",

@@ -99,7 +99,8 @@ def _run(job: EmbedJob, pending: Sequence[ShardEntry], topology: Topology) -> It
     fused = topology.kind == "fused"
     most = MOST_SHARDS_A_BLOCK if fused else 1  # decoded shards are large: each is a block
     blocks = blocks_of(pending, int(cpus_now()), most)
-    dataset: Dataset = ray.data.from_arrow(
+    # from_arrow would start a task, and a process for it, to look at each block
+    dataset: Dataset = ray.data.from_blocks(
         [pa.table({"entries": [texts]} if fused else {"entry": texts}) for texts in blocks]
     )
     with warnings.catch_warnings():

@@ -108,7 +108,7 @@ def _extract(cache: str, shards: list[pa.Table], root: str, features: FeatureCon
         write_shard(cache, int(row["index"]), list(row["uris"]), extractor)
         return {"files": len(row["uris"])}
 
-    dataset = ray.data.from_arrow(shards).map(extract)
+    dataset = ray.data.from_blocks(list(shards)).map(extract)
     one = NodeRequest({"CPU": 1})
     with notice_of_waiting(one, len(shards)), hint(one, min(len(shards), MOST_ANNOUNCED)):
         for row in dataset.iter_rows():

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, PriorityQueue
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # torch is loaded where something is encoded: `serve run` onl
 
 LONG_BATCH = 4  # windows of a long upload encoded at a time: a short query waits for no more than these
 NICE = 19
+BEHIND = 5  # how much nicer the encoding threads are than the rest of their process
 
 
 @dataclass(order=True)
@@ -48,7 +50,7 @@ class BatchingEncoder:
 
     On CPUs several batches are computed side by side, each by one thread. Threads that share a batch wait for each
     other, and turn on the spot while they do: with eight clients two of them answered less than half as many requests
-    a second as one did. One core is left to the event loop, which starves otherwise.
+    a second as one did. There is one for every core, at a lower priority than the event loop, which starves otherwise.
 
     A request's windows are queued a few at a time: the first few of all requests come before the next of any, so that a
     long one does not hold up those that come after it.
@@ -66,7 +68,7 @@ class BatchingEncoder:
         self._idle, self._counting = 0, threading.Lock()
         torch.set_num_threads(1)  # of each thread that computes from here on
         one_by_one = pick_device(args.device).type == "cuda"
-        for _ in range(1 if one_by_one else args.encoder_threads or max(1, available_cpus() - 1)):
+        for _ in range(1 if one_by_one else args.encoder_threads or available_cpus()):
             threading.Thread(target=self._work, name="encode", daemon=True).start()
 
     def load(self, version: str) -> EncoderInfo:
@@ -109,6 +111,8 @@ class BatchingEncoder:
         return self._encoders.get(version).embed_text(texts)
 
     def _work(self) -> None:
+        with suppress(OSError):  # of this thread alone; as it is where the system has no such thing
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + BEHIND)
         while True:
             jobs = self._next_jobs()
             wanted = [job for job in jobs if job.done.set_running_or_notify_cancel()]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from embedding_sets import clusters, make_set, tiny_encoder
 
+from audiomae import AudioIndex
 from audiomae.corpus.synthetic import generate
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from tests.processes import kill_family
@@ -74,6 +76,18 @@ def _submit(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[s
     return done
 
 
+def test_an_index_built_by_a_submitted_job(head: dict[str, str], tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder")
+    vectors = clusters(300, encoder.dim, seed=0)
+    make_set(tmp_path / "embeddings", vectors, fingerprint=encoder.fingerprint, encoder=str(tmp_path / "encoder"))
+    build = ["ray_jobs/build_index.py", "--embeddings", str(tmp_path / "embeddings"), "--out", str(tmp_path / "index")]
+    done = _submit(head, *build)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "SUCCEEDED" in done.stdout.upper() and "published " in done.stdout
+    assert len(AudioIndex.open(tmp_path / "index")) == 300
+
+
+@pytest.mark.slow
 def test_training_as_a_submitted_job(head: dict[str, str], tmp_path: Path) -> None:
     corpus = generate(tmp_path / "corpus", num_clips=40, seed=3, bad_files=True)
     train = ["ray_jobs/train.py", "--config", "ray_jobs/recipes/debug.yaml", "--corpus", str(corpus)]

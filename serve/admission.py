@@ -26,7 +26,7 @@ from serve.proxy import PACE_HEADER, STORM_S
 SMOOTHING = 0.1  # weight of the newest measurement of a unit's seconds
 MAX_RETRY_S = 60
 MEMORY_S = 1.0  # how long refusals and answers are remembered
-STORM_QUEUE = 4  # so many times fewer may wait in a storm
+STORM_QUEUE = 4  # so many times fewer may wait in a storm, and so much shorter
 PACE = 1.25  # so many requests are let in for each that gets done, lest there be too few
 
 
@@ -121,10 +121,13 @@ class Lane:
             self._leave(cost)
 
     def _is_full(self, wait_s: float) -> bool:
-        return self.waiting >= self._may_wait() and wait_s > self.max_wait_s
+        return self.waiting >= self._may_wait() and wait_s > self._longest_wait_s()
 
     def _may_wait(self) -> int:
         return self.min_queue // STORM_QUEUE if self.storm else self.min_queue
+
+    def _longest_wait_s(self) -> float:
+        return self.max_wait_s / STORM_QUEUE if self.storm else self.max_wait_s
 
     def _refusal(self, wait_s: float) -> Problem:
         refused = self._refused.count(1)
@@ -133,7 +136,7 @@ class Lane:
         pace_us = self._pace_us()
         while self.waiting > self._may_wait():
             turn, cost = self._waiting[-1]
-            if self.expected_wait_s() - cost * self._unit_s <= self.max_wait_s:
+            if self.expected_wait_s() - cost * self._unit_s <= self._longest_wait_s():
                 break
             self._waiting.pop()
             self._queued_cost -= cost

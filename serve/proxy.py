@@ -8,11 +8,14 @@ Serve writes HAProxy's configuration itself and starts the program that `RAY_SER
 recognise it leaves alone.
 """
 
+import contextlib
 import getpass
 import importlib.util
 import json
 import os
 import re
+import select
+import signal
 import socket
 import sys
 import tempfile
@@ -160,7 +163,37 @@ def main(arguments: list[str]) -> None:
             arguments = [*arguments[:place], str(harden_file(Path(arguments[place]))), *arguments[place + 1 :]]
         except OSError as error:  # better HAProxy as Serve meant it than none
             print(f"{arguments[place]}: used as it is: {error}", file=sys.stderr)
+    if raylet := os.environ.get("RAY_RAYLET_PID"):
+        end_with(int(raylet))
     os.execv(binary, [binary, *arguments])
+
+
+def end_with(raylet: int) -> None:
+    """See to it that this process, HAProxy from now on, ends when Ray does on this node.
+
+    Whoever kills Ray's processes without their leave (a supervisor that signals a whole group) leaves HAProxy behind
+    with the port. It outlives the process that started it on purpose: its successor takes the connections over.
+    """
+    ours = os.getpid()
+    try:
+        processes = {os.pidfd_open(pid): pid for pid in (raylet, ours)}
+    except (OSError, AttributeError):  # another system
+        return
+    if os.fork():
+        for descriptor in processes:
+            os.close(descriptor)
+        return
+    with Path(os.devnull).open("r+b") as nothing:
+        for stream in (0, 1, 2):
+            os.dup2(nothing.fileno(), stream)
+    poll = select.poll()
+    for descriptor in processes:
+        poll.register(descriptor, select.POLLIN)
+    ended = {processes[descriptor] for descriptor, _ in poll.poll()}
+    if ours not in ended:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(ours, signal.SIGTERM)
+    os._exit(0)
 
 
 def harden_file(config: Path) -> Path:

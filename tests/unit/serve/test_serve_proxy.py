@@ -1,8 +1,12 @@
 """Ray Serve's HAProxy with our manners: its configuration, and pacing by the real program."""
 
 import http.client
+import os
+import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -111,3 +115,32 @@ def test_in_a_storm_uploads_come_at_the_pace_that_the_service_asked_for(stormy: 
     for method, path in (("PUT", "/search"), ("POST", "/search/vector"), ("POST", "/searching")):
         assert ask(stormy, method, path)[2] == b""
     assert len(Stormy.seen) == 8
+
+
+def test_it_ends_when_ray_does() -> None:
+    """A process that becomes another one, as the launcher becomes HAProxy."""
+    ray = subprocess.Popen(["sleep", "60"])
+    code = f"from serve import proxy; import os; proxy.end_with({ray.pid}); print(1, flush=True)"
+    code += "; os.execvp('sleep', ['sleep', '60'])"
+    became = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert became.stdout is not None and became.stdout.readline() == b"1\n"
+    assert became.poll() is None
+    ray.kill()
+    ray.wait()
+    assert became.wait(60) == -signal.SIGTERM
+    became.stdout.close()
+
+
+def test_what_looks_out_for_ray_ends_with_it() -> None:
+    ray = subprocess.Popen(["sleep", "60"])
+    code = f"from serve import proxy; proxy.end_with({ray.pid}); print(1, flush=True)"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as ended:
+        assert ended.communicate(timeout=60)[0] == b"1\n"
+    until = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):  # nobody is left of its session
+        while time.monotonic() < until:
+            os.killpg(ended.pid, 0)
+    assert ray.poll() is None
+    ray.kill()
+    ray.wait()

@@ -27,7 +27,7 @@ SMOOTHING = 0.1  # weight of the newest measurement of a unit's seconds
 MAX_RETRY_S = 60
 MEMORY_S = 1.0  # how long refusals and answers are remembered
 STORM_QUEUE = 4  # so many times fewer may wait in a storm, and so much shorter
-PACE = 1.25  # so many requests are let in for each that gets done, lest there be too few
+PACE = 1.1  # so many requests are let in for each that gets done, lest there be too few
 
 
 class Recent:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # torch is loaded where something is encoded: `serve run` onl
 
 LONG_BATCH = 4  # windows of a long upload encoded at a time: a short query waits for no more than these
 NICE = 19
-BEHIND = 5  # how much nicer the encoding threads are than the rest of their process
+BEHIND = 2  # how much nicer the encoding threads are than the rest of their process
 
 
 @dataclass(order=True)

@@ -107,7 +107,7 @@ class Recall:
 
     def facts(self) -> dict[str, Any]:
         """For release.json."""
-        facts = {"k": self.k, "value": self.value, "queries": self.queries}
+        facts: dict[str, Any] = {"k": self.k, "value": self.value, "queries": self.queries}
         facts |= {"filtered": self.filtered} if self.filtered else {}
         facts |= {"exhaustive_per_s": self.exhaustive_per_s} if self.exhaustive_per_s else {}
         return facts | {"tried": self.tried}

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections.abc import Mapping
 from typing import Any
 
 from audiomae import storage
@@ -19,14 +20,14 @@ STYLE = (
 def write_report(published: Release, index_dir: str) -> str | None:
     """Write `INDEX/reports/VERSION.html`; its place, or None where every vector is compared and nothing was tuned."""
     info = published.info
-    if not info["recall"].get("tried"):
+    if not info["recall"].get("tried") or "exhaustive_per_s" not in info["recall"]:  # as an older version recorded it
         return None
     place = storage.to_path(index_dir) / REPORTS_FOLDER / f"{published.version}.html"
     storage.write_bytes(place, page(published.version, info).encode())
     return str(place)
 
 
-def page(version: str, info: dict[str, Any]) -> str:
+def page(version: str, info: Mapping[str, Any]) -> str:
     """The report of a release from what release.json says of it."""
     spec, recall = info["spec"], info["recall"]
     vectors = info["rows"] + info["rows_deleted"]
@@ -63,7 +64,7 @@ def page(version: str, info: dict[str, Any]) -> str:
     )
 
 
-def draw(info: dict[str, Any]) -> bytes:
+def draw(info: Mapping[str, Any]) -> bytes:
     """PNG: recall over speed of all that was tried, and recall over the share of rows that a filter leaves."""
     from matplotlib.figure import Figure
 
@@ -92,7 +93,7 @@ def draw(info: dict[str, Any]) -> bytes:
     return sink.getvalue()
 
 
-def _is_chosen(trial: dict[str, Any], spec: dict[str, Any]) -> bool:
+def _is_chosen(trial: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
     return all(trial[name] == spec[name] for name in ("nprobe", "refine", "effort"))
 
 

@@ -62,6 +62,12 @@ def test_build_relaunch_grow_delete(
     assert info["recall"]["value"] >= 0.95 and info["recall"]["queries"] > 10
     assert [segment["rows"] for segment in info["segments"]] == [2000]
     assert not list(index_dir.glob("parts/*")) and not list(index_dir.glob(".staging*"))
+    reports = [path.read_text() for path in index_dir.glob("reports/v000001.html")]
+    assert len(reports) == bool(extra)  # nothing is tried where every vector is compared
+    for page in reports:
+        assert page.count('<tr class="chosen">') == 1 and "all vectors compared" in page
+        assert page.count("<tr") == 3 + len(info["recall"]["tried"]) + len(info["recall"]["filtered"])
+        assert "data:image/png;base64,iVBOR" in page
 
     before = sorted(path for path in index_dir.rglob("*"))
     assert build(index_dir, encoder, tmp_path / "a", extra=extra) == 0

@@ -193,7 +193,10 @@ def test_gc_keeps_what_is_in_force_and_what_is_being_built(index_dir: str, tmp_p
     storage.write_json(root / "v000009" / "CLAIM", {"by": "someone", "base": 3})
     for name in ("segments/000004-aa", "segments/000003-bb", "parts/000002-cc", "quantisers/000001-dd"):
         storage.write_bytes(root / name / "ids.npy", b"rows")
+    for version in range(1, 5):
+        storage.write_bytes(root / "reports" / f"v{version:06d}.html", b"what was tried")
     removed = release.gc(index_dir, keep=2)
+    assert storage.list_names(root / "reports") == ["v000003.html", "v000004.html"]
     assert removed[:3] == ["v000001", "v000002", "v000009"]
     assert sorted(removed[3:]) == ["parts/000002-cc", "quantisers/000001-dd", "segments/000003-bb"]
     assert (root / "segments" / "000004-aa" / "ids.npy").exists()

@@ -351,6 +351,17 @@ def test_importing_the_package_loads_nothing_heavy():
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("settings", [{}, {"discriminant": True, "centred": True, "pooling": "attention"}])
+def test_loading_an_encoder_does_not_load_torchs_compiler(tmp_path, settings):
+    """Every worker, driver and replica would pay two seconds of CPU for it."""
+    make(**settings).save(tmp_path)
+    code = "import sys, torch, audiomae; before = 'torch._dynamo' in sys.modules; "
+    code += f"audiomae.AudioEncoder.load({str(tmp_path)!r}).embed([torch.ones(16000).numpy()]); "
+    code += "print(before, 'torch._dynamo' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False False"
+
+
 def test_unknown_export_is_explained():
     import audiomae
 

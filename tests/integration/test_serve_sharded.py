@@ -170,7 +170,7 @@ def test_a_release_is_swapped_in_all_shards_under_load(service: Service) -> None
 def test_nobody_asks_a_shard_without_the_secret(service: Service) -> None:
     import pyarrow.flight as flight
 
-    @ray.remote
+    @ray.remote(num_cpus=0)
     def address() -> str:
         from ray import serve
 

@@ -81,7 +81,7 @@ def s3_bucket(s3_server: str) -> str:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_server: str) -> Iterator[None]:
-    """A local cluster with 3 logical CPUs; jobs called in-process find it through `ray.is_initialized()`.
+    """A local cluster with 4 logical CPUs; jobs called in-process find it through `ray.is_initialized()`.
 
     It starts after the S3 server, so that its workers inherit the AWS variables.
     """
@@ -98,7 +98,7 @@ def start_ray() -> None:
 
     ray.init(
         address="local",
-        num_cpus=3,
+        num_cpus=4,
         include_dashboard=False,
         object_store_memory=512 * 1024**2,
         log_to_driver=False,

@@ -118,7 +118,7 @@ def content(index: str) -> dict[str, bytes]:
     found = {}
     for name, path in files.items():
         top, _, rest = name.partition("/")
-        if rest in ("CLAIM", "release.json") or top in ("history", "LATEST"):
+        if rest in ("CLAIM", "release.json") or top in ("history", "LATEST", "reports"):
             continue
         found[f"version {versions.index(top)}/{rest}" if top in versions else name] = storage.read_bytes(path)
     return found
@@ -131,8 +131,10 @@ def left_over(index: str) -> set[str]:
     release = releases.resolve(index)
     named = {release.version, *(segment["name"] for segment in release.info["segments"])}
     named |= {str(release.info["quantiser"])}
+    names = {name for name, _ in storage.walk_files(index)}
+    reports = {f"reports/{name.partition('/')[0]}.html" for name in names if name.endswith("/release.json")}
     return {
         name
-        for name, _ in storage.walk_files(index)
+        for name in names - reports
         if name != "LATEST" and not name.startswith("history/") and not any(name.startswith(f"{n}/") for n in named)
     }

@@ -23,7 +23,7 @@ FEW_ROWS = 20_000  # so many matches are compared exactly without further though
 MISSED = 0.01  # of k: hits that may be expected in lists that are not looked at
 REFINE = 32  # candidates per hit at the first glimpse
 MAX_REFINE = 640  # and at the look, where up to so many rows match; fewer of larger crowds, whose best stand out:
-CROWD_ROWS, CROWD_POWER = 50_000, 0.45  # FAISS takes as long to rank a candidate as to compare it exactly
+CROWD_ROWS, CROWD_POWER = 50_000, 0.2  # FAISS takes as long to rank a candidate as to compare it exactly
 MARGIN = 2.0  # standard deviations of the codes' noise by which a hit may look worse than it is (1 in 44 looks worse)
 CODE_NOISE = 1.0  # of one-bit codes, in units of |x - c| |q - c| / sqrt(D) for a row x and a query q by a centroid c
 

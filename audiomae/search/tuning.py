@@ -159,7 +159,7 @@ def _filters(task: Task, folders: Sequence[Path], live: np.ndarray) -> tuple[Fil
         if share * len(live) < 2 * K:
             continue
         found.append(Filter(share))
-        order = rng.permutation(task.spec.nlist)
+        order = np.roll(np.arange(task.spec.nlist), -int(rng.integers(task.spec.nlist)))  # near lists come together
         last = int(np.searchsorted(np.cumsum(counts[order]), share * len(live))) + 1
         chosen = np.zeros(task.spec.nlist, bool)
         chosen[order[:last]] = True

@@ -67,11 +67,10 @@ class ServedRelease:
         now = time.monotonic()
         if self._serving is None or now - self._checked_at > RECHECK_S:
             self._checked_at = now
-            version = await asyncio.to_thread(self._shared.get)
-            if self._serving is None or self._serving.version != version:
-                async with self._switching:
-                    if self._serving is None or self._serving.version != version:
-                        self._serving = await self.describe(version)
+            async with self._switching:  # a choice read before a reload would undo it after
+                version = await asyncio.to_thread(self._shared.get)
+                if self._serving is None or self._serving.version != version:
+                    self._serving = await self.describe(version)
         return self._serving
 
     @property

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from serve.proxy import problem
 from serve.schema import ProblemBody
 
 MEDIA_TYPE = "application/problem+json"
@@ -36,14 +37,7 @@ class Problem(HTTPException):
 
     def response(self) -> Response:
         """The problem as an `application/problem+json` response."""
-        body = {
-            "type": "about:blank",
-            "title": HTTPStatus(self.status_code).phrase,
-            "status": self.status_code,
-            "code": self.code,
-            "detail": self.detail,
-            **self.extra,
-        }
+        body = {**problem(self.status_code, self.code, self.detail), **self.extra}
         return Response(orjson.dumps(body, default=str), self.status_code, self.headers, media_type=MEDIA_TYPE)
 
 

@@ -124,7 +124,7 @@ def pacing() -> str:
 
 
 def problem(status: int, code: str, detail: str) -> dict[str, Any]:
-    """A problem as `serve.problems.Problem` answers it."""
+    """The body of a problem; the one shape of it, also for `serve.problems.Problem`."""
     return {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,

@@ -54,7 +54,7 @@ def run(config: EvaluateConfig) -> Evaluation:
     _print_table([run.as_dict() for run in runs])
     for line in warned:
         print(f"caution: {line}")
-    print(f"report: {out}/report.html")
+    print(f"report: {report}")
     return Evaluation(str(out), metrics, report)
 
 

@@ -89,9 +89,21 @@ def room_for(request: NodeRequest) -> int | None:
     types = _node_types()
     if types:
         return now + sum(request.count_on(resources) * most for resources, most in types)
+    return 2 * now if now and not _autoscaler_answers(_gcs_client()) else None
+
+
+def _gcs_client() -> Any:
+    """A client of our own: the one that Ray keeps for the process is gone once any cluster in it was shut down."""
+    return ray._raylet.GcsClient(  # type: ignore[attr-defined]
+        ray.get_runtime_context().gcs_address
+    )
+
+
+def _autoscaler_answers(client: Any) -> bool:
+    """Whether the cluster has an autoscaler of the kind that can be asked (version 2)."""
     from ray.autoscaler.v2.utils import is_autoscaler_v2
 
-    return 2 * now if now and not is_autoscaler_v2(fetch_from_server=True) else None
+    return bool(is_autoscaler_v2(fetch_from_server=True, gcs_client=client))
 
 
 def _node_types() -> list[tuple[dict[str, float], int]]:
@@ -132,13 +144,10 @@ def autoscaler_gives(request: NodeRequest) -> bool | None:
     It is asked as anything is asked of it, by a task that waits for the resources. It says of each that waits whether
     any kind of node could run it.
     """
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.core.generated import autoscaler_pb2 as messages
 
-    client = ray._raylet.GcsClient(  # type: ignore[attr-defined]
-        ray.get_runtime_context().gcs_address
-    )
-    if not is_autoscaler_v2(fetch_from_server=True, gcs_client=client):
+    client = _gcs_client()
+    if not _autoscaler_answers(client):
         return None
     waiting = ray.remote(_nothing).options(**request.options, max_retries=0).remote()
     wanted, asked = request.amounts, None

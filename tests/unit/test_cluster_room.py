@@ -18,7 +18,8 @@ def cluster(
 ) -> None:
     monkeypatch.setattr(_cluster, "nodes", lambda: nodes)
     monkeypatch.setattr(_cluster, "_node_types", lambda: types or [])
-    monkeypatch.setattr("ray.autoscaler.v2.utils.is_autoscaler_v2", lambda fetch_from_server: autoscaler)
+    monkeypatch.setattr(_cluster, "_gcs_client", lambda: None)
+    monkeypatch.setattr(_cluster, "_autoscaler_answers", lambda client: autoscaler)
 
 
 def test_room_is_what_there_is_and_what_the_autoscaler_may_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ class Quantiser:
 
     @functools.cached_property
     def centroids(self) -> np.ndarray:
-        """float32[nlist, D], those that `flat` holds."""
+        """float32[nlist, D], those that `flat` holds: a view of its memory, good for as long as this object lives."""
         values: np.ndarray = faiss.rev_swig_ptr(self.flat.get_xb(), self.nlist * self.flat.d)
         return values.reshape(self.nlist, -1)
 

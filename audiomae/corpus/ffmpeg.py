@@ -136,7 +136,7 @@ class AvReader:
     def _placed(self) -> Iterator[np.ndarray]:
         """Decoded frames, float32[frames, width], silence where there are none."""
         rate, line = self.info.sample_rate, _Line(self._name, self.info.sample_rate)
-        run: _Run | None = None
+        run: _Converter | None = None
         for frame, time_s, failure in _settled(self._frames):
             if frame is None:
                 line.failed(failure)
@@ -145,7 +145,7 @@ class AvReader:
             if run is None or run.rate != frame.sample_rate:
                 if run is not None:
                     yield from run.finish()
-                run = _Run(frame.sample_rate, rate, samples.shape[1])
+                run = _Converter(frame.sample_rate, rate, samples.shape[1])
             gap = line.gap(time_s, failure)
             if gap < 0:
                 samples, gap = samples[round(-gap * frame.sample_rate / rate) :], 0
@@ -284,7 +284,7 @@ class _Line:
                 self.failed_until = round((failure.end_s - self._zero_s) * self._rate)
 
 
-class _Run:
+class _Converter:
     """Frames of one rate, converted to the file's where it is another."""
 
     def __init__(self, rate: int, wanted: int, width: int) -> None:

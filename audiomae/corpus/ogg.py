@@ -87,13 +87,13 @@ def _pages(data: Any) -> Iterator[OggPage]:
 
 
 def _irregular(data: Any) -> str | None:
-    streams: dict[int, _Stream] = {}
+    streams: dict[int, _LogicalStream] = {}
     begun = False
     for page in _pages(data):
         if page.flags & 2:
             if begun:
                 return "several Ogg streams one after the other"
-            streams[page.serial] = _Stream(page, data[page.body : page.body + 40])
+            streams[page.serial] = _LogicalStream(page, data[page.body : page.body + 40])
             continue
         begun = True
         stream = streams.get(page.serial)
@@ -104,7 +104,7 @@ def _irregular(data: Any) -> str | None:
     return None
 
 
-class _Stream:
+class _LogicalStream:
     """One logical stream, followed from page to page."""
 
     def __init__(self, first: OggPage, head: bytes) -> None:

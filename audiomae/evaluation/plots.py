@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,8 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-DPI = 110
-RIGHT, WRONG, INK = "#1a7f4b", "#b3261e", "#20242c"
+from audiomae.pages import INK, RIGHT, WRONG, png
+
 MAP_ROWS = 3000  # t-SNE of more points takes minutes and shows no more
 _PCA_DIMS = 50
 
@@ -37,7 +36,7 @@ def metric_bars(series: Mapping[str, Mapping[str, float]], metric: str, title: s
     axes.grid(axis="x", alpha=0.3)
     if len(runs) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def confusion(labels: Sequence[str], nearest: Sequence[str], title: str) -> bytes:
@@ -62,7 +61,7 @@ def confusion(labels: Sequence[str], nearest: Sequence[str], title: str) -> byte
             shade = "white" if share[row, column] > 0.5 else INK
             axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=shade, fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.7)
-    return _png(figure)
+    return png(figure)
 
 
 def embedding_map(vectors: npt.NDArray[np.float32], labels: npt.NDArray[np.str_], method: str, seed: int) -> bytes:
@@ -88,7 +87,7 @@ def embedding_map(vectors: npt.NDArray[np.float32], labels: npt.NDArray[np.str_]
     axes.set(xticks=[], yticks=[], title=f"{method} of the embeddings ({len(points)} rows, seed {seed})")
     if len(classes) <= 50:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8, ncols=1 + len(classes) // 26)
-    return _png(figure)
+    return png(figure)
 
 
 def project_2d(vectors: npt.NDArray[np.float32], method: str, seed: int) -> npt.NDArray[np.float64]:
@@ -118,7 +117,7 @@ def spectrogram_row(sounds: Sequence[Picture], sample_rate: int) -> bytes:
     figure = Figure(figsize=(3.0 * len(sounds), 2.5), layout="constrained")
     for sound, axes in zip(sounds, figure.subplots(1, len(sounds), squeeze=False)[0], strict=True):
         _spectrogram(axes, sound, sample_rate)
-    return _png(figure)
+    return png(figure)
 
 
 def _spectrogram(axes: Axes, sound: Picture, sample_rate: int) -> None:
@@ -145,9 +144,3 @@ def _colour(i: int, total: int = 10) -> tuple[float, float, float, float]:
     if total <= 20:
         return colormaps["tab20"](i % 20)
     return colormaps["gist_rainbow"](i / total)
-
-
-def _png(figure: Figure) -> bytes:
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=DPI, metadata={"Software": None})
-    return sink.getvalue()

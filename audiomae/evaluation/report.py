@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import soundfile as sf
-from jinja2 import Environment
 
+from audiomae import pages
 from audiomae.corpus.decode import decode
 from audiomae.corpus.manifest import open_source
 from audiomae.errors import DecodeError
@@ -170,15 +169,4 @@ def _mp3(samples: Samples) -> bytes:
     return sink.getvalue()
 
 
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-_ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-_ENVIRONMENT.filters["png"] = lambda data: _data_uri(data, "image/png")
-_ENVIRONMENT.filters["mp3"] = lambda data: _data_uri(data, "audio/mpeg")
-_ENVIRONMENT.filters["score"] = lambda value: f"{value:.3f}"
-_ENVIRONMENT.filters["signed"] = lambda value: f"{value:+.3f}"
-_ENVIRONMENT.filters["p"] = lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-_TEMPLATE = _ENVIRONMENT.from_string(Path(__file__).with_name("report.html.j2").read_text())
+_TEMPLATE = pages.template(Path(__file__).with_name("report.html.j2"))

@@ -1,66 +1,37 @@
 """What was tried when an index was tuned, as one HTML file with a picture: which settings won and which lost."""
 
-import base64
-import html
-import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from audiomae import storage
+from audiomae import pages, storage
 from audiomae.artifacts.releases import REPORTS_FOLDER, Release
-
-CHOSEN, LOST, INK = "#1a7f4b", "#8a93a3", "#20242c"
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;color:#20242c;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse}td,th{padding:.2rem .9rem .2rem 0;text-align:right}tr.chosen{font-weight:600}"
-    "img{max-width:100%}"
-)
+from audiomae.pages import INK, MUTED, RIGHT
 
 
 def write_report(published: Release, index_dir: str) -> str | None:
     """Write `INDEX/reports/VERSION.html`; its place, or None where every vector is compared and nothing was tuned."""
-    info = published.info
-    if not info["recall"].get("tried") or "exhaustive_per_s" not in info["recall"]:  # as an older version recorded it
+    recall = published.info["recall"]
+    if not recall.get("tried") or "exhaustive_per_s" not in recall:  # as an older version recorded it
         return None
     place = storage.to_path(index_dir) / REPORTS_FOLDER / f"{published.version}.html"
-    storage.write_bytes(place, page(published.version, info).encode())
+    storage.write_bytes(place, render_report(published.version, published.info).encode())
     return str(place)
 
 
-def page(version: str, info: Mapping[str, Any]) -> str:
-    """The report of a release from what release.json says of it."""
+def render_report(version: str, info: Mapping[str, Any]) -> str:
+    """The report of a release as HTML text, from what release.json says of it."""
     spec, recall = info["spec"], info["recall"]
-    vectors = info["rows"] + info["rows_deleted"]
-    title = f"{spec['factory']} over {vectors:,} vectors"
-    picture = base64.b64encode(draw(info)).decode()
-    tried = [
-        _row([_settings(trial), f"{trial['recall']:.4f}", f"{trial['per_s']:,.0f}"], _is_chosen(trial, spec))
-        for trial in recall["tried"]
-    ]
-    tried.append(_row(["all vectors compared", "1.0000", f"{recall['exhaustive_per_s']:,.0f}"], False))
-    filtered = [
-        _row(
-            [f"{row['share']:.2%}", row["kind"], row["queries"], *_numbers(row)],
-            False,
-        )
-        for row in recall.get("filtered", [])
-    ]
-    parts = [
-        f"<p>Release {html.escape(version)}: {spec['bytes_in_memory']} bytes of memory a vector (comparing all of them "
-        f"reads {2 * info['dim']}). {recall['queries']} held-out queries asked all at once, recall@{recall['k']} "
-        f"of at least {recall['asked']:g} wanted; the first settings that reach it are taken.</p>",
-        f'<img alt="recall and speed of what was tried" src="data:image/png;base64,{picture}">',
-        _table(["settings", f"recall@{recall['k']}", "queries/s"], tried),
-    ]
-    if filtered:
-        parts += [
-            "<h2>With filters</h2>",
-            _table(["rows left", "kind", "queries", "mean recall", "5th percentile", "p50 ms"], filtered),
-        ]
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1>\n{body}\n</html>\n"
+    tried = [{**trial, "settings": _settings(trial), "chosen": _is_chosen(trial, spec)} for trial in recall["tried"]]
+    return pages.template(Path(__file__).with_name("report.html.j2")).render(
+        title=f"{spec['factory']} over {info['rows'] + info['rows_deleted']:,} vectors",
+        version=version,
+        info=info,
+        spec=spec,
+        recall=recall,
+        tried=tried,
+        filtered=recall.get("filtered", []),
+        picture=draw(info),
     )
 
 
@@ -73,7 +44,7 @@ def draw(info: Mapping[str, Any]) -> bytes:
     speed, filters = figure.subplots(1, 2)
     for trial in recall["tried"]:
         chosen = _is_chosen(trial, spec)
-        speed.scatter(trial["per_s"], trial["recall"], color=CHOSEN if chosen else LOST, s=60 if chosen else 25)
+        speed.scatter(trial["per_s"], trial["recall"], color=RIGHT if chosen else MUTED, s=60 if chosen else 25)
         if chosen or trial is recall["tried"][0]:
             point = trial["per_s"], trial["recall"]
             speed.annotate(_settings(trial), point, xytext=(6, -10), textcoords="offset points")
@@ -88,29 +59,13 @@ def draw(info: Mapping[str, Any]) -> bytes:
     filters.set(xscale="log", xlabel="share of rows that the filter leaves", title="Mean recall with filters")
     if rows:
         filters.legend(frameon=False, fontsize=8)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=110, metadata={"Software": None})
-    return sink.getvalue()
+    return pages.png(figure)
 
 
 def _is_chosen(trial: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
     return all(trial[name] == spec[name] for name in ("nprobe", "refine", "effort"))
 
 
-def _numbers(row: dict[str, Any]) -> list[str]:
-    return [f"{row['mean']:.3f}", f"{row['p5']:.3f}", f"{row['p50_ms']:.2f}"]
-
-
-def _settings(trial: dict[str, Any]) -> str:
+def _settings(trial: Mapping[str, Any]) -> str:
     first = f"effort {trial['effort']}" if trial["effort"] else f"nprobe {trial['nprobe']}"
     return f"{first}, refine {trial['refine']}"
-
-
-def _table(head: list[str], rows: list[str]) -> str:
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    return f"<table><tr>{cells}</tr>\n" + "\n".join(rows) + "</table>"
-
-
-def _row(cells: list[str], chosen: bool) -> str:
-    inside = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-    return f'<tr class="chosen">{inside}</tr>' if chosen else f"<tr>{inside}</tr>"

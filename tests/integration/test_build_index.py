@@ -65,7 +65,7 @@ def test_build_relaunch_grow_delete(
     reports = [path.read_text() for path in index_dir.glob("reports/v000001.html")]
     assert len(reports) == bool(extra)  # nothing is tried where every vector is compared
     for page in reports:
-        assert page.count('<tr class="chosen">') == 1 and "all vectors compared" in page
+        assert page.count('<tr class="main">') == 1 and "all vectors compared" in page
         assert page.count("<tr") == 3 + len(info["recall"]["tried"]) + len(info["recall"]["filtered"])
         assert "data:image/png;base64,iVBOR" in page
 

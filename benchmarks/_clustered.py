@@ -14,9 +14,12 @@ Three columns tell groups apart, each a rank among all rows, so that `{"lt": sha
             mostly, not only, its own sounds
 """
 
+import multiprocessing
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,28 +132,36 @@ def write_set(
     write_run(str(directory), {"fingerprint": FINGERPRINT, "dim": dim, "encoder": "none", "corpus_root": "/clustered"})
     plan = {"generation": 0, "settings": settings.model_dump(), "shards": [{"name": n} for n in names], "files": []}
     plans(str(directory)).create(0, plan)
-    edges, shares = vectors.edges(), vectors.shares()
-    total = total or rows
-    for name, (number, count) in zip(names, blocks, strict=True):
-        found, clusters = vectors.block(number, count)
-        rng = np.random.default_rng([vectors.seed, 5, number])
-        place = edges[clusters] + shares[clusters] * rng.random(count)
-        blurred = np.abs(place + BLUR * rng.standard_normal(count))
-        site = 1 - np.abs(1 - blurred)  # reflected at both ends
-        uris = [f"{number:06d}/{row:06d}.wav" for row in range(count)]
-        columns = [
-            pa.array([clip_id(uri, 0.0, 0.0) for uri in uris], pa.int64()),
-            pa.array(uris),
-            pa.array(np.zeros(count)),
-            pa.array(np.full(count, 5.0)),
-            vectors_to_column(found.astype(np.float16)),
-            *(pa.array((share * total).astype(np.int32)) for share in (rng.random(count), place, site)),
-            pa.array([f"class-{cluster // (CLUSTERS // CLASSES):02d}" for cluster in clusters]),
-        ]
-        tables = ShardTables(pa.table(columns, schema=schema))
-        origin = ShardOrigin(inputs=count, audio_s=0.0, fingerprint=FINGERPRINT, manifest="m", precision="float32")
-        commit_shard(str(directory), name, tables, origin)
+    write = partial(_write_block, directory, vectors, schema, total or rows)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(write, blocks, names))
     return EmbeddingSet.open(str(directory))
+
+
+def _write_block(
+    directory: Path, vectors: Clustered, schema: pa.Schema, total: int, block: tuple[int, int], name: str
+) -> None:
+    """Write one shard: block `block[0]` of `block[1]` rows."""
+    number, count = block
+    edges, shares = vectors.edges(), vectors.shares()
+    found, clusters = vectors.block(number, count)
+    rng = np.random.default_rng([vectors.seed, 5, number])
+    place = edges[clusters] + shares[clusters] * rng.random(count)
+    blurred = np.abs(place + BLUR * rng.standard_normal(count))
+    site = 1 - np.abs(1 - blurred)  # reflected at both ends
+    uris = [f"{number:06d}/{row:06d}.wav" for row in range(count)]
+    columns = [
+        pa.array([clip_id(uri, 0.0, 0.0) for uri in uris], pa.int64()),
+        pa.array(uris),
+        pa.array(np.zeros(count)),
+        pa.array(np.full(count, 5.0)),
+        vectors_to_column(found.astype(np.float16)),
+        *(pa.array((share * total).astype(np.int32)) for share in (rng.random(count), place, site)),
+        pa.array([f"class-{cluster // (CLUSTERS // CLASSES):02d}" for cluster in clusters]),
+    ]
+    tables = ShardTables(pa.table(columns, schema=schema))
+    origin = ShardOrigin(inputs=count, audio_s=0.0, fingerprint=FINGERPRINT, manifest="m", precision="float32")
+    commit_shard(str(directory), name, tables, origin)
 
 
 def build_release(

@@ -45,23 +45,34 @@ def build_items(clips: pa.Table, listing: pa.Table, config: DataConfig, seed: in
         seed: of the split.
 
     Returns:
-        Columns `uri, start_s, end_s, shard, first_frame, frames`, `label` (string or null), `caption` (string or null),
-        `validation` (bool), in (uri, start) order. A file's clips are on one side. Excluded files are absent.
+        Columns `uri, start_s, end_s, shard, first_frame, frames`, `label` and `caption` (dictionaries of strings, or
+        null), `validation` (bool), in (uri, start) order. A file's clips are on one side. Excluded files are absent.
+        What the clips say is not copied where all of them stay.
     """
     if config.exclude:
         listing = listing.filter(pa.array(~matches(listing, config.exclude, "exclude")))
-    labels, label_of = coded(_text_column(listing, config.label))
-    captions = _text_column(listing, config.caption)
-    if config.label:
-        made = pa.array([config.caption_template.format(label=label) for label in labels.to_pylist()], pa.string())
-        captions = pc.coalesce(captions, texts_of(made, label_of))
+    names, label_of = coded(_text_column(listing, config.label))
+    labels, captions = texts_of(names, label_of), _captions(listing, config, (names, label_of))
     if config.val_filter:
         validation = matches(listing, config.val_filter, "val_filter")
     else:
-        validation = held_out(listing["uri"], texts_of(labels, label_of), config.val_fraction, seed)
-    columns = {"uri": listing["uri"], "label": texts_of(labels, label_of), "caption": captions}
+        validation = held_out(listing["uri"], labels, config.val_fraction, seed)
+    columns = {"uri": listing["uri"], "label": labels, "caption": captions}
     columns["validation"] = pa.array(validation)
     return _joined(in_order(clips.drop_columns(["error"]), "uri", "start_s"), in_order(pa.table(columns), "uri"))
+
+
+def _captions(listing: pa.Table, config: DataConfig, labels: tuple[pa.Array, npt.NDArray[np.int32]]) -> pa.ChunkedArray:
+    """Each file's own caption, else one made of its label."""
+    given, given_of = coded(_text_column(listing, config.caption))
+    if not config.label:
+        return texts_of(given, given_of)
+    names, label_of = labels
+    made = pa.array([config.caption_template.format(label=label) for label in names.to_pylist()], pa.string())
+    both, number = coded(pa.chunked_array([given, made]))  # a caption may read as one that is made
+    number = np.append(number, np.int32(UNLABELLED))
+    made_of = np.where(label_of == UNLABELLED, len(number) - 1, label_of + len(given))
+    return texts_of(both, number[np.where(given_of == UNLABELLED, made_of, given_of)])
 
 
 def in_order(table: pa.Table, *names: str) -> pa.Table:
@@ -86,11 +97,28 @@ def _joined(clips: pa.Table, files: pa.Table) -> pa.Table:
         end = bisect_right(range(len(uris)), high, lo=begin, key=lambda row: uris[row].as_py())
         some = files.slice(begin, end - begin)
         row = pc.index_in(part["uri"], some["uri"].combine_chunks())
-        part, found = part.filter(pc.is_valid(row)), some.take(row.drop_null())
+        if row.null_count:
+            part, row = part.filter(pc.is_valid(row)), row.drop_null()
+        found = some.take(row)
         for name in files.column_names[1:]:
             part = part.append_column(name, found[name])
         pieces.append(part)
     return pa.concat_tables(pieces)
+
+
+def same_items(some: pa.Table, others: pa.Table) -> bool:
+    """Whether two tables of `build_items` say the same, one of them read from a file of this or an older version."""
+    if some.column_names != others.column_names or len(some) != len(others):
+        return False
+    for name in some.column_names:
+        if name not in ("label", "caption"):
+            if not some[name].equals(others[name]):
+                return False
+            continue
+        (names, codes), (other_names, other_codes) = numbered(some[name]), numbered(others[name])
+        if not names.equals(other_names) or not np.array_equal(codes, other_codes):
+            return False
+    return True
 
 
 def numbered(values: Texts) -> tuple[pa.Array, npt.NDArray[np.int64]]:

@@ -35,7 +35,7 @@ from audiomae.storage import (
     write_bytes,
     write_json,
 )
-from audiomae.training.clips import CORPUS_ROOT, build_items
+from audiomae.training.clips import CORPUS_ROOT, build_items, same_items
 from audiomae.training.data import cache_caution
 from audiomae.training.recipe import Recipe
 from audiomae.training.split import cautions, repeated
@@ -156,7 +156,7 @@ def _prepare(run: Any, config: TrainConfig, features: FeatureConfig) -> _Prepare
     table = io.BytesIO()
     pq.write_table(items.replace_schema_metadata({CORPUS_ROOT: root}), table)
     path = run / "items.parquet"
-    if path.exists() and not pq.read_table(io.BytesIO(read_bytes(path))).equals(items):
+    if path.exists() and not same_items(pq.read_table(io.BytesIO(read_bytes(path))), items):
         raise UserError(
             f"the clips of {config.corpus} are not those that {run} began with; use another --name to start anew"
         )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from audiomae import storage
@@ -230,6 +231,45 @@ def test_captions_come_from_the_listing_or_from_the_label():
     assert captions["cat/00"] == "a meow" and captions["dog/00"] == "the sound of dog"
     bare = clips.build_items(clips_of(URIS), LISTING.select(["uri", "size", "content_id"]), DataConfig(), seed=0)
     assert bare["caption"].null_count == bare["label"].null_count == 40
+
+
+def test_a_caption_that_reads_like_one_made_of_a_label_is_the_same_caption():
+    given = listing(uri=URIS, label=[u[:3] for u in URIS], caption=["the sound of dog", *[None] * 39])
+    table = clips.build_items(clips_of(URIS), given, DataConfig(), seed=0)
+    names, numbers = clips.numbered(table["caption"])
+    assert names.to_pylist() == ["the sound of cat", "the sound of dog"]
+    assert numbers.tolist() == [1, *[0] * 19, *[1] * 20]
+    some = clips.build_items(clips_of(URIS), given, DataConfig(label="nothing_such"), seed=0)
+    assert some["caption"].to_pylist() == ["the sound of dog", *[None] * 39]
+
+
+def test_a_class_whose_files_are_gone_is_no_class():
+    table = clips.build_items(clips_of(URIS[20:]), LISTING, DataConfig(), seed=0)
+    assert clips.numbered(table["label"])[0].to_pylist() == ["dog"] and len(table) == 20
+
+
+def test_a_table_of_many_clips_is_not_copied_and_texts_are_numbers():
+    given = clips_of(URIS)
+    table = clips.build_items(given, LISTING, DataConfig(), seed=0)
+    for name in given.column_names:
+        if name != "error":
+            (part,) = [chunk for chunk in table[name].chunks if len(chunk)]
+            assert part.buffers()[-1].address == given[name].chunk(0).buffers()[-1].address, name
+    assert pa.types.is_dictionary(table["label"].type) and pa.types.is_dictionary(table["caption"].type)
+
+
+def test_items_are_the_same_after_a_file_and_with_texts_as_older_versions_wrote_them(tmp_path):
+    table = clips.build_items(clips_of(URIS), LISTING, DataConfig(), seed=0)
+    pq.write_table(table, tmp_path / "items.parquet", row_group_size=7)
+    again = pq.read_table(tmp_path / "items.parquet")
+    assert clips.same_items(again, table)
+    texts = {name: pa.array(table[name].to_pylist(), pa.string()) for name in ("label", "caption")}
+    older = pa.table({name: texts.get(name, table[name]) for name in table.column_names})
+    assert clips.same_items(older, table) and not older.equals(table)
+    other = clips.build_items(clips_of(URIS), LISTING, DataConfig(), seed=1)
+    assert not clips.same_items(other, table) and not clips.same_items(table.slice(1), table)
+    renamed = listing(uri=URIS, label=[{"cat": "cow"}.get(u[:3], u[:3]) for u in URIS])
+    assert not clips.same_items(clips.build_items(clips_of(URIS), renamed, DataConfig(), seed=0), table)
 
 
 def test_an_unknown_column_is_named_with_its_neighbour():

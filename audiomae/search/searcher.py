@@ -157,16 +157,24 @@ class Searcher:
         count, rows = k * spec.refine, allowed(chosen)
         if self._alone is not None:
             selection = None if chosen is None else chosen[0].selection
-            return best(
-                [self._alone.search(queries, min(count, self.num_rows), spec.nprobe, selection)], k, len(queries)
-            )
+            found = self._alone.search(queries, min(count, self.num_rows), spec.nprobe, selection)
+            return _first(found, k)
         if self.quantiser is not None:
             similar, lists = self.quantiser.nearest(queries, spec.nprobe)
-            found = self.scanner.scan(queries, count, Probe(lists, similar), rows)
+            candidates = self.scanner.scan(queries, count, Probe(lists, similar), rows)
         else:
-            found = self.scanner.walk(queries, count, spec.effort, rows)
-        scores, numbers = top(found.scores, k, found.rows, found.scores, found.rows)
+            candidates = self.scanner.walk(queries, count, spec.effort, rows)
+        scores, numbers = top(candidates.scores, k, candidates.rows, candidates.scores, candidates.rows)
         return padded(scores, numbers, k)
+
+
+def _first(ranked: Ranked, k: int) -> Ranked:
+    """The k best of a ranking by FAISS, which leaves the order of equal scores open: of equals the lower row."""
+    scores, rows = ranked
+    following = scores[:, 1 : k + 1]
+    if (following < scores[:, : following.shape[1]]).all() and rows[:, :k].min() >= 0:
+        return scores[:, :k], rows[:, :k]
+    return best([ranked], k, len(scores))
 
 
 def allowed(chosen: Sequence[Chosen] | None) -> Allowed:

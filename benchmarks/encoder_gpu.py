@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/encoder_gpu.json"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.exit(1, "encoder_gpu.py: no CUDA device here; run it on a machine with a GPU\n")
+        parser.exit(77, "encoder_gpu.py: no CUDA device here; run it on a machine with a GPU\n")
     peak = matrix_peak()
     rows = [measure(size, args.batch, args.windows, peak) for size in args.sizes]
     result = {

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/index_gpu.json"))
     args = parser.parse_args()
     if faiss.get_num_gpus() == 0:
-        parser.exit(1, "index_gpu.py: faiss finds no GPU here; it takes faiss-gpu and a machine with a GPU\n")
+        parser.exit(77, "index_gpu.py: faiss finds no GPU here; it takes faiss-gpu and a machine with a GPU\n")
     faiss.omp_set_num_threads(os.cpu_count() or 1)
     vectors = Clustered(args.dim)
     with ThreadPoolExecutor() as pool:

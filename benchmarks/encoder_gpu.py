@@ -34,7 +34,7 @@ def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["small", "base", "large"], help="encoder sizes")
-    parser.add_argument("--batch", type=int, default=256, help="windows a batch (that of an encoder actor on a GPU)")
+    parser.add_argument("--batch", type=int, default=512, help="windows a batch (that of an encoder actor on a GPU)")
     parser.add_argument("--windows", type=int, default=2048, help="windows through BatchEncoder")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/encoder_gpu.json"))
     args = parser.parse_args()

@@ -105,7 +105,9 @@ class EmbedOptions(PlacementConfig, ReadAs):
     dry_run: bool = Field(False, description="--check, and what it would take: audio hours, time, disk, memory")
     max_failure_rate: float = Field(0.5, ge=0, le=1, description="fail when more than this share of the files failed")
     batch_size: int | None = Field(
-        None, ge=1, description="windows per encoder call; default: 8 on a CPU, 256 on a GPU"
+        None,
+        ge=1,
+        description="windows per encoder call; default: 8 on a CPU, 512 on a GPU; halved where memory is short",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

@@ -233,22 +233,41 @@ class BatchEncoder:
     """Windows -> `float32[N, dim]` through an `AudioEncoder`, in length-bucketed batches.
 
     On a GPU the host pads the next batch into pinned memory while the device works on the last one; the only
-    synchronisation is the copy of all results at the end. int16 windows are restored on the device.
+    synchronisation is the copy of all results at the end. int16 windows are restored on the device. A batch that does
+    not fit its memory is cut in halves, and later ones are no larger than what did fit.
+
+    Args:
+        encoder: where it is, windows go.
+        batch_size: windows at a time; by default 512 on a GPU (a few per cent faster than 256 on an H100), 8 on a CPU.
     """
 
     def __init__(self, encoder: AudioEncoder, batch_size: int | None = None) -> None:
         self.encoder, self.device = encoder, encoder.device
-        self.batch_size = batch_size or (256 if self.device.type == "cuda" else 8)
+        self.batch_size = batch_size or (512 if self.device.type == "cuda" else 8)
         self.padded_samples = self.samples = 0
 
     @torch.inference_mode()
     def __call__(self, clips: Sequence[Clip]) -> np.ndarray:
         lengths = [len(clip.samples) for clip in clips]
         batches = batches_by_length(lengths, self.batch_size)
-        outputs = [self._encode([clips[position] for position in batch]) for batch in batches]
+        outputs = [self._fitting([clips[position] for position in batch]) for batch in batches]
         vectors = np.empty((len(clips), self.encoder.dim), np.float32)
         vectors[[position for batch in batches for position in batch]] = torch.cat(outputs).float().cpu().numpy()
         return vectors
+
+    def _fitting(self, clips: Sequence[Clip]) -> torch.Tensor:
+        """Vectors of a batch, in halves where the device has not enough memory for all of it."""
+        half = len(clips) // 2
+        try:
+            return self._encode(clips)
+        except torch.OutOfMemoryError:
+            if not half:
+                raise
+        if half < self.batch_size:
+            self.batch_size = half
+            print(f"{len(clips)} windows at once do not fit the memory of {self.device}: {half} from here on")
+        torch.cuda.empty_cache()  # what the failed attempt held in pieces
+        return torch.cat([self._fitting(clips[:half]), self._fitting(clips[half:])])
 
     def _encode(self, clips: Sequence[Clip]) -> torch.Tensor:
         lengths = torch.tensor([len(clip.samples) for clip in clips])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -218,6 +219,30 @@ def test_vectors_do_not_depend_on_the_batch_and_order_is_kept(encoder: AudioEnco
     reverse = BatchEncoder(encoder, 3)(clips[::-1])[::-1]
     assert (1 - (together * reverse).sum(axis=1)).max() < 1e-5
     np.testing.assert_allclose(together, encoder.embed([clip.samples for clip in clips]), atol=1e-5)
+
+
+def test_a_batch_that_the_device_has_no_memory_for_is_cut(
+    encoder: AudioEncoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = [Clip(0, 0, np.full(length, 0.1, np.float32)) for length in (16_000, *[8_000] * 12)]
+    expected, tried, room = BatchEncoder(encoder, 32)(clips), [], 4
+    encode, forward = BatchEncoder(encoder, 32), encoder.forward
+
+    def on_a_small_device(waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        tried.append(len(waveforms))
+        if len(waveforms) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(waveforms, lengths)
+
+    monkeypatch.setattr(encoder, "forward", on_a_small_device)
+    np.testing.assert_allclose(encode(clips), expected, atol=1e-5)
+    assert "at once do not fit" in capsys.readouterr().out and encode.batch_size <= room
+    tried.clear()
+    np.testing.assert_allclose(encode(clips), expected, atol=1e-5)
+    assert max(tried) <= room  # it remembers
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        encode(clips)
 
 
 def test_a_shard_of_real_files_counts_its_padding(encoder: AudioEncoder) -> None:

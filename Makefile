@@ -42,10 +42,15 @@ setup-gpu: $(STAMP) ## swap faiss-cpu for faiss-gpu (one module name, so never b
 demo: $(STAMP) ## from raw audio to a live answer on the generated corpus, then stop everything
 	$(BIN)/python ray_jobs/demo.py --out demo
 
+# Where Python may not write bytecode (PYTHONDONTWRITEBYTECODE) each of the suite's hundreds of processes would compile ours.
+BYTECODE := $(BIN)/python -m compileall -q audiomae ray_jobs serve tests
+
 test: $(STAMP) $(BROWSER) ## the default suite (under 12 minutes on 2 cores)
+	@$(BYTECODE)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: $(STAMP) $(BROWSER) ## everything, the slow chaos and scale tests included
+	@$(BYTECODE)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow or not slow" --timeout 1800
 
 lint: $(STAMP) ## ruff, types, import rules, declared dependencies

@@ -104,6 +104,14 @@ def _submit(head: Heads, *command: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def test_what_a_submitted_job_says_and_how_it_ends(head: Heads, tmp_path: Path) -> None:
+    make_set(tmp_path / "embeddings", clusters(30, 16))
+    done = _submit(head, "-m", "audiomae.artifacts", "verify", str(tmp_path / "embeddings"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "SUCCEEDED" in done.stdout.upper() and "embeddings" in done.stdout
+
+
+@pytest.mark.slow
 def test_an_index_built_by_a_submitted_job(head: Heads, tmp_path: Path) -> None:
     encoder = tiny_encoder(tmp_path / "encoder")
     vectors = clusters(300, encoder.dim, seed=0)

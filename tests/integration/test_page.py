@@ -299,8 +299,15 @@ def test_a_late_answer_does_not_overwrite_a_newer_one(page: Page, site: Site) ->
     expect(page.locator("#status")).to_contain_text("sounds like 2.wav")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (390, "dark"),
+        (1280, "light"),
+        pytest.param(390, "light", marks=pytest.mark.slow),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+    ],
+)
 def test_no_accessibility_rule_is_broken_and_nothing_overflows(page: Page, site: Site, width: int, scheme: str) -> None:
     page.set_viewport_size(ViewportSize(width=width, height=844))
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")

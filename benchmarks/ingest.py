@@ -177,11 +177,12 @@ def peak_mib() -> float:
 
 
 def main() -> None:
-    """Print a line of JSON for each part."""
+    """Print a line of JSON for each part, write all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=160)
     parser.add_argument("--clips", type=int, default=64, help="in each shard")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/ingest.json"))
     parser.add_argument("--node", action="store_true", help=argparse.SUPPRESS)
     for name in ("limit", "rank", "first"):
         parser.add_argument(f"--{name}", type=int, default=0, help=argparse.SUPPRESS)
@@ -192,17 +193,25 @@ def main() -> None:
         return
     from audiomae.model.features import FeatureConfig
 
+    measured: dict[str, Any] = {}
+
+    def note(name: str, found: object) -> None:
+        measured[name] = found
+        print(json.dumps({name: found}), flush=True)
+
     with s3_server(), tempfile.TemporaryDirectory(prefix="audiomae-ingest-") as folder:
         total = write_cache(arguments.shards, arguments.clips, FeatureConfig().n_mels)
         limit = total // 10
-        print(json.dumps({"features_mib": total >> 20, "cache_limit_mib": limit >> 20}), flush=True)
+        note("hardware", {"cpus": os.cpu_count(), "load": os.getloadavg()[0]})
+        note("features", {"mib": total >> 20, "cache_limit_mib": limit >> 20})
         found, whole = read_epoch(arguments, Path(folder), total, limit)
-        print(json.dumps({"nodes": found}), flush=True)
+        note("nodes", found)
         same = kill_in_mid_epoch(arguments, Path(folder), limit) == whole
-        print(json.dumps({"killed": {"batches": len(whole), "same_bytes": same}}), flush=True)
+        note("killed", {"batches": len(whole), "same_bytes": same})
         os.environ["TMPDIR"] = tempfile.tempdir = f"{folder}/training"
         Path(tempfile.tempdir).mkdir()
-        print(json.dumps({"training": train(arguments, limit)}), flush=True)
+        note("training", train(arguments, limit))
+    arguments.out.write_text(json.dumps(measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":

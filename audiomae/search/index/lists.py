@@ -4,7 +4,6 @@ import ctypes
 import functools
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ import numpy as np
 from audiomae.errors import IntegrityError
 from audiomae.search.index.encoding import LAYOUT_FILE, LISTS_FILE, SHAPE_FILE, TRAINED_FILE, flat_centroids
 from audiomae.search.index.store import RowStore, read_index
-
-CODES_TOGETHER = 150_000  # take more than two milliseconds; a thread is there in a twentieth of one
 
 
 @dataclass(frozen=True)
@@ -135,9 +132,6 @@ class Lists:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best rows by their codes in some lists.
 
-        One query for very many rows is divided among FAISS's threads. Into how many parts does not depend on the
-        threads, as approximate scores do a little on what is scanned together (FAISS rounds its tables by it).
-
         Args:
             queries: float32[Q, D].
             k: how many.
@@ -148,19 +142,6 @@ class Lists:
         Returns:
             approximate scores float32[Q, k] and rows int64[Q, k], -1 padded.
         """
-        parts = int(self.sizes[lists[lists >= 0]].sum()) // CODES_TOGETHER if len(queries) == 1 else 1
-        if parts < 2:  # of several queries FAISS gives each to a thread
-            return self._scan(queries, k, lists, similar, selection)
-        with ThreadPoolExecutor(min(parts, faiss.omp_get_max_threads())) as pool:
-            jobs = [(queries, k, lists[:, n::parts], similar[:, n::parts], selection) for n in range(parts)]
-            found = list(pool.map(self._scan, *zip(*jobs, strict=True)))
-        scores, rows = (np.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
-        order = np.argsort(-np.where(rows < 0, -np.inf, scores[0]), axis=1, kind="stable")[0, :k]
-        return scores[:, order], rows[:, order]
-
-    def _scan(
-        self, queries: np.ndarray, k: int, lists: np.ndarray, similar: np.ndarray, selection: Selection | None
-    ) -> tuple[np.ndarray, np.ndarray]:
         selector = None if selection is None else faiss.IDSelectorBitmap(selection.bits)
         params = faiss.SearchParametersIVF(sel=selector, nprobe=lists.shape[1])
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)

@@ -61,37 +61,6 @@ def test_mapped_lists_hold_what_faiss_itself_would(tmp_path: Path, codes: str) -
     assert mask[chosen[chosen >= 0]].all()
 
 
-@pytest.mark.parametrize("codes", ["RaBitQfs", "SQ8"])
-@pytest.mark.parametrize("k", [20, ROWS])
-def test_a_query_for_very_many_rows_is_answered_alike_by_any_number_of_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: str, k: int
-) -> None:
-    rows = ann.to_rows(VECTORS)
-    ann.train(IndexSpec(kind="ivf", factory=f"IVF16,{codes}", nlist=16), rows[::3], tmp_path)
-    lists = ann.assign(tmp_path / ann.TRAINED_FILE, rows)
-    ann.encode(tmp_path / ann.TRAINED_FILE, rows, lists, tmp_path)
-    quantiser = ann.Quantiser(tmp_path)
-    mapped = ann.Lists(quantiser, tmp_path)
-    query = clusters(1, DIM, seed=1)
-    similar, numbers = quantiser.nearest(query, 12)
-    numbers[0, -2:] = -1
-    chosen = ann.Selection.of(np.arange(ROWS) % 3 != 0)
-    for selection in (None, chosen):
-        whole_scores, whole = mapped.scan(query, k, numbers, similar, selection)
-        with monkeypatch.context() as patch:
-            patch.setattr("audiomae.search.index.lists.CODES_TOGETHER", 400)
-            answers = []
-            for count in (1, 3):
-                with ann.threads(count):
-                    answers.append(mapped.scan(query, k, numbers, similar, selection))
-        (scores, found), (other_scores, others) = answers
-        np.testing.assert_array_equal(found, others)
-        np.testing.assert_array_equal(scores, other_scores)
-        np.testing.assert_allclose(scores[found >= 0], whole_scores[whole >= 0], atol=0.01)
-        assert k < ROWS or set(found[0].tolist()) == set(whole[0].tolist())
-        assert (np.diff(scores[0][found[0] >= 0]) <= 0).all()
-
-
 def test_lists_that_lie_elsewhere_than_said_are_refused(tmp_path: Path) -> None:
     rows = ann.to_rows(VECTORS)
     ann.train(IndexSpec(kind="ivf", factory="IVF16,RaBitQfs", nlist=16), rows[::3], tmp_path)

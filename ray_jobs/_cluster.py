@@ -21,6 +21,7 @@ import yaml
 
 NOTICE_AFTER_S, NOTICE_EVERY_S = 5.0, 60.0
 AUTOSCALER_ANSWERS_S = 30.0
+ASK_AGAIN_S = 2.0
 HEAD = "node:__internal_head__"
 
 
@@ -183,15 +184,35 @@ def _nothing() -> None:
 def hint(request: NodeRequest, count: int) -> Iterator[None]:
     """Let the autoscaler see a demand for `count` more of these, as tasks that wait while the block runs.
 
-    Each ends as soon as there is room for it, so none takes anything from the work that it announces.
+    Each ends as soon as there is room for it, so none takes anything from the work that it announces. What is free for
+    a moment, before that work has begun, would so end the demand: as many as the cluster has room for are asked for
+    again, until it has room for `count`.
     """
     task = ray.remote(_nothing).options(**request.options, max_retries=0)
     waiting = [task.remote() for _ in range(count)]
+    stop = threading.Event()
+    keeper = threading.Thread(target=_ask_again, args=(task, waiting, request, stop), name="demand", daemon=True)
+    keeper.start()
     try:
         yield
     finally:
+        stop.set()
+        keeper.join()
         for reference in waiting:
             ray.cancel(reference, force=True)
+
+
+def _ask_again(task: Any, waiting: list[Any], request: NodeRequest, stop: threading.Event) -> None:
+    count = len(waiting)
+    while waiting and not stop.wait(ASK_AGAIN_S):
+        try:
+            room = sum(request.count_on(node) for node in nodes())
+            if room >= count:
+                return
+            waiting[:] = ray.wait(waiting, num_returns=len(waiting), timeout=0)[1]
+            waiting += [task.remote() for _ in range(max(1, room) - len(waiting))]
+        except Exception:  # the driver is being shut down
+            return
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,8 @@ import aiohttp
 import httpx
 import numpy as np
 import soundfile
+
+from serve.proxy import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "benchmarks" / "serve_load.json"
@@ -114,7 +115,7 @@ def main() -> None:
             "load_before": os.getloadavg(),
             "bare": json.loads(alone.stdout),
         }
-        port = free_port()
+        (port,) = free_ports(1)
         service = start(index, port)
         try:
             report |= asyncio.run(measure(f"http://127.0.0.1:{port}", port, clip.read_bytes(), args.seconds))
@@ -333,13 +334,6 @@ def sound(seconds: float, format: str = "WAV") -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples.astype(np.float32), RATE, format=format)
     return file.getvalue()
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(index: str, port: int, *more: str) -> subprocess.Popen[bytes]:

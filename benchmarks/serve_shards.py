@@ -22,7 +22,9 @@ import aiohttp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from serve_load import ROOT, Ask, free_port, post_file, post_json, sound, start
+from serve_load import ROOT, Ask, post_file, post_json, sound, start
+
+from serve.proxy import free_ports
 
 OUT = ROOT / "docs" / "benchmarks" / "serve_shards.json"
 BAR = 2.0
@@ -39,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         index = args.index or make_index(Path(work), args.rows)
-        ports = {name: free_port() for name in ("undivided", "divided")}
+        ports = dict(zip(("undivided", "divided"), free_ports(2), strict=True))
         services = []
         try:
             for name, port in ports.items():

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle
@@ -38,6 +38,14 @@ T = TypeVar("T")
 AWAY = 0.5  # how far the excluded examples push a query away from their mean
 SMALL_HITS, INLINE_MS = 100, 2.0
 HEAVY_HITS = 1_000  # an answer of more hits than this goes the lane of the heavy ones
+
+
+class Found(NamedTuple):
+    """Hits of each query as JSON-ready dicts, the milliseconds it took, and the shards that did not answer."""
+
+    results: list[list[dict[str, Any]]]
+    spent_ms: float
+    missing: tuple[str, ...]
 
 
 class SearchService:
@@ -157,19 +165,16 @@ class SearchService:
         asked = (serving.catalogue, queries, wanted, filter, without, self.shadow)
         try:
             if small:  # a search of less than a millisecond or so is over before a thread has begun
-                results, spent, missing = find(*asked)
-                self._small_ms += 0.05 * (spent - self._small_ms)
+                found = find(*asked)
+                self._small_ms += 0.05 * (found.spent_ms - self._small_ms)
             else:
-                work = self.lanes.run(
-                    lane, hits, find, serving.catalogue, queries, wanted, filter, without, self.shadow
-                )
-                results, spent, missing = await work
+                found = await self.lanes.run(lane, hits, find, *asked)
                 self._small_ms *= 0.99  # so that it is tried again
         except FilterError as error:
             raise Problem(422, "bad_filter", str(error)) from error
-        timing.search += spent
-        timing.queue += max(0.0, milliseconds(began) - spent)
-        return Answer(serving.version, results, timing, missing)
+        timing.search += found.spent_ms
+        timing.queue += max(0.0, milliseconds(began) - found.spent_ms)
+        return Answer(serving.version, found.results, timing, found.missing)
 
     async def _stored(self, serving: Serving, clip: int) -> np.ndarray:
         def vector() -> np.ndarray | None:
@@ -199,8 +204,8 @@ def find(
     filter: dict[str, Any] | None,
     without: set[int],
     shadow: RecallShadow,
-) -> tuple[list[list[dict[str, Any]]], float, tuple[str, ...]]:
-    """Hits of each query as JSON-ready dicts, the milliseconds it took, and shards that did not answer."""
+) -> Found:
+    """What a search of the catalogue gives each query."""
     began = time.perf_counter()
     by_file = wanted.group == "file"
     extra = len(without) + (wanted.k if wanted.collapse else 0)
@@ -213,4 +218,4 @@ def find(
         results = [[hit for hit in hits if hit["id"] not in without and hit["uri"] not in files] for hits in results]
     if wanted.collapse:
         results = [collapse(ranking, catalogue.index.vectors) for ranking in results]
-    return [ranking[: wanted.k] for ranking in results], milliseconds(began), hits.missing
+    return Found([ranking[: wanted.k] for ranking in results], milliseconds(began), hits.missing)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ray.util import get_node_ip_address
 
+from serve.proxy import free_ports
 from tests.processes import kill_family
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +74,8 @@ def autoscaling_cluster(
         environment: of the cluster's processes.
     """
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        config, log, port = Path(folder) / "cluster.json", Path(folder) / "head.log", _free_port()
+        config, log = Path(folder) / "cluster.json", Path(folder) / "head.log"
+        port, dashboard_port = free_ports(2)
         address = f"{get_node_ip_address()}:{port}"
         config.write_text(json.dumps(cluster_config(node_types, idle_minutes, address)))
         own = {
@@ -91,7 +93,7 @@ def autoscaling_cluster(
         command += [
             f"--port={port}",
             "--include-dashboard=false",
-            f"--dashboard-port={_free_port()}",
+            f"--dashboard-port={dashboard_port}",
             f"--object-store-memory={MEMORY}",
         ]
         command += [f"--autoscaling-config={config}", f"--temp-dir={folder}/ray"]
@@ -102,14 +104,6 @@ def autoscaling_cluster(
             yield address
         finally:
             kill_family(head)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_for(text: str, log: Path, head: subprocess.Popen[bytes]) -> None:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from audiomae.artifacts import receipts
 from audiomae.artifacts.receipts import FileEntry, Receipt, entry_of_file
 from audiomae.errors import IntegrityError, UserError
+from audiomae.retries import retry
 from audiomae.storage import Location, copy_file, is_local, to_path
 
 FIX = "delete the shard's receipt (the .json beside it) and run the same command again to make it anew"
@@ -132,19 +133,16 @@ class ShardCache:
             self._make_room(size)
             reserve.touch()
             os.truncate(reserve, size)  # counts as taken while the bytes come
+
+        def fetch() -> None:
+            copy_file(self.source / path.name, reserve)
+            self.fetched_bytes += reserve.stat().st_size
+            entry.check(self.source / path.name, entry_of_file(reserve), FIX)
+
         try:
-            for attempt in range(ATTEMPTS):
-                copy_file(self.source / path.name, reserve)
-                self.fetched_bytes += reserve.stat().st_size
-                try:
-                    entry.check(self.source / path.name, entry_of_file(reserve), FIX)
-                except IntegrityError:  # cut on its way, perhaps
-                    if attempt == ATTEMPTS - 1:
-                        raise
-                    continue
-                with _locked(self.folder / "room.lock"):  # renamed while it is being counted, it would count as nothing
-                    reserve.replace(path)
-                return
+            retry(fetch, lambda error: isinstance(error, IntegrityError), ATTEMPTS)  # cut on its way, perhaps
+            with _locked(self.folder / "room.lock"):  # renamed while it is being counted, it would count as nothing
+                reserve.replace(path)
         finally:
             reserve.unlink(missing_ok=True)
 

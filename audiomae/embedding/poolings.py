@@ -14,6 +14,7 @@ from audiomae.errors import ItemError
 from audiomae.model.encoder import AudioEncoder
 from audiomae.model.encoder_config import PoolingName
 from audiomae.model.poolings import comparable, pooled
+from audiomae.vectors import clip_vectors
 
 BATCH_SIZE = 8
 Pooled = dict[str, np.ndarray]
@@ -47,18 +48,19 @@ def pool_files(
         clips += [(number, samples) for samples in heard]
         if not heard:
             reasons[number] = "nothing can be heard in it"
-    sums: dict[int, Pooled] = {}
+    owners: list[int] = []
+    windows: dict[str, list[np.ndarray]] = {}
     for batch in batches_by_length([len(samples) for _, samples in clips], BATCH_SIZE):
         sounds = [torch.from_numpy(clips[position][1]) for position in batch]
         padded = torch.nn.utils.rnn.pad_sequence(sounds, batch_first=True).to(encoder.device)
         found = pooled(encoder, poolings, padded, torch.tensor([len(sound) for sound in sounds]))
-        for row, position in enumerate(batch):
-            into = sums.setdefault(clips[position][0], {})
-            for name, vectors in found.items():
-                into[name] = into.get(name, 0.0) + vectors[row].cpu().numpy()
+        owners += [clips[position][0] for position in batch]
+        for name, vectors in found.items():
+            windows.setdefault(name, []).append(vectors.cpu().numpy())
+    files, file_of = np.unique(np.array(owners, np.int64), return_inverse=True)
+    means = {name: clip_vectors(np.concatenate(parts), file_of) for name, parts in windows.items()}
+    place = {number: row for row, number in enumerate(files.tolist())}
     return [
-        reasons[number]
-        if number in reasons
-        else {name: total / np.linalg.norm(total) for name, total in sums[number].items()}
+        reasons[number] if number in reasons else {name: rows[place[number]] for name, rows in means.items()}
         for number in range(len(items))
     ]

@@ -1,7 +1,6 @@
 """`ray start --head`, then the jobs as their users start them: `ray job submit --working-dir . -- python ...`."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from embedding_sets import clusters, make_set, tiny_encoder
 from audiomae import AudioIndex
 from audiomae.corpus.synthetic import generate
 from audiomae.model.encoder import AudioEncoder, EncoderConfig
+from serve.proxy import free_ports
 from tests.processes import kill_family
 
 pytestmark = pytest.mark.timeout(1800)  # minutes on a busy machine
@@ -24,26 +24,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 class Head:
     """A head node, as `ray start --head` makes one; `env` is the environment of its clients."""
 
     def __init__(self) -> None:
-        dashboard = _free_port()
+        port, dashboard, client_port = free_ports(3)
         self._temp = tempfile.TemporaryDirectory(prefix="ray-")
         env = {key: value for key, value in os.environ.items() if key not in {"RAY_ADDRESS"}}
         env |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         env |= {"RAY_health_check_timeout_ms": "120000", "RAY_health_check_failure_threshold": "40"}  # slow is not dead
-        command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={_free_port()}"]
+        command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
         command += [f"--dashboard-port={dashboard}", f"--temp-dir={self._temp.name}", "--num-cpus=4"]
         # the agent begins to listen late: a port that is free now may not be then
         command += ["--dashboard-agent-listen-port=0", "--object-store-memory=400000000"]
-        command += [f"--ray-client-server-port={_free_port()}", "--disable-usage-stats"]
+        command += [f"--ray-client-server-port={client_port}", "--disable-usage-stats"]
         nothing = subprocess.DEVNULL
         self._process = subprocess.Popen(command, env=env, stdout=nothing, stderr=nothing, start_new_session=True)
         self.env = env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}

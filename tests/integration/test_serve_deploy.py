@@ -1,6 +1,5 @@
 """`serve deploy serve/config.yaml` on a cluster with a dashboard: the file as it is, but for the index and the port."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -13,15 +12,10 @@ import yaml
 from conftest import another_cluster
 from serving import PATIENCE_S, TOKEN, as_file, make_corpus, make_encoder, publish_release, sound
 
+from serve.proxy import free_ports
+
 CONFIG = Path(__file__).resolve().parents[2] / "serve" / "config.yaml"
 CLIP = as_file(sound("tone", 0))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def deploy(config: dict[str, Any], dashboard: str, folder: Path) -> None:
@@ -50,13 +44,14 @@ def test_the_config_file_deploys_and_a_rollback_survives_a_change_of_it(tmp_path
     for seed in (0, 1):
         publish_release(tmp_path / "index", corpus, make_encoder(seed), tmp_path / f"staging-{seed}")
     config = yaml.safe_load(CONFIG.read_text())
-    port = config["http_options"]["port"] = free_port()
+    port, dashboard_port = free_ports(2)
+    config["http_options"]["port"] = port
     (application,) = config["applications"]
     application["args"]["index"] = str(tmp_path / "index")
     application["runtime_env"]["env_vars"]["AUDIOMAE_ADMIN_TOKEN"] = TOKEN
     with another_cluster():
         # logical CPUs: the file reserves some for each replica
-        context = ray.init(address="local", num_cpus=8, include_dashboard=True, dashboard_port=free_port())
+        context = ray.init(address="local", num_cpus=8, include_dashboard=True, dashboard_port=dashboard_port)
         dashboard = f"http://{context.dashboard_url}"
         deploy(config, dashboard, tmp_path)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as http:

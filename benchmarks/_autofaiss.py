@@ -84,7 +84,7 @@ def make(key: str, dim: int) -> faiss.Index:
 
 
 def settings(key: str) -> Iterator[str]:
-    """What it may search with, cheap to dear, as FAISS's own parameter strings."""
+    """What it may search with, from cheap to expensive, as FAISS's own parameter strings."""
     if key.startswith("HNSW"):
         for effort in (16, 32, 64, 128, 256, 512, 1024):
             yield f"efSearch={effort}"

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from audiomae.artifacts import runs
-from audiomae.artifacts.features import FeatureStore
+from audiomae.artifacts.features import FeatureStore, pending_shards, verify_features
 from audiomae.artifacts.shard_cache import ShardCache
 from audiomae.cli import Progress, waiting
 from audiomae.config import build_config, dump_config, flat
@@ -28,6 +28,7 @@ from audiomae.storage import (
     copy_tree,
     is_local,
     list_names,
+    open_seekable,
     read_bytes,
     read_json,
     remove_tree,
@@ -48,6 +49,7 @@ from ray_jobs.training.fitting import fitted
 from ray_jobs.training.nodes import choose_workers, collectives, scaling, worker_device
 
 MAY_CHANGE = ("workers", "checkpoint")
+PREPARED = "prepared"  # metadata of items.parquet: the corpus as it was named, where its features are, how many failed
 PROGRESS_FILE = "progress.json"
 PROGRESS_EVERY_S = 2.0
 MOST_COMPARED = 20_000  # clips
@@ -133,6 +135,10 @@ class _Prepared(NamedTuple):
 
 def _prepare(run: Any, config: TrainConfig, features: FeatureConfig) -> _Prepared:
     """Make the features of the corpus; save config and table of clips. A resumed run must find what it began with."""
+    began = _prepared_before(run, config)
+    if began is not None:
+        print(f"going on with the {began.clips} clips that the run began with; the corpus is not listed again")
+        return began
     root, listing = list_files(config.corpus, config.data)
     where = config.data.cache or str(to_path(config.storage) / "features")
     cache, clips = build_cache(where, root, listing, features, config.data.clip_s)
@@ -154,7 +160,14 @@ def _prepare(run: Any, config: TrainConfig, features: FeatureConfig) -> _Prepare
             f"{config.corpus}: {training} clips are left to train on; check data.exclude and data.val_fraction"
         )
     table = io.BytesIO()
-    pq.write_table(items.replace_schema_metadata({CORPUS_ROOT: root}), table)
+    failed = len(clips) - len(decoded)
+    facts = {
+        "corpus": config.corpus,
+        "cache": cache,
+        "shards": 1 + int(pc.max(clips["shard"]).as_py()),
+        "failed": failed,
+    }
+    pq.write_table(items.replace_schema_metadata({CORPUS_ROOT: root, PREPARED: json.dumps(facts)}), table)
     path = run / "items.parquet"
     if path.exists() and not same_items(pq.read_table(io.BytesIO(read_bytes(path))), items):
         raise UserError(
@@ -162,7 +175,23 @@ def _prepare(run: Any, config: TrainConfig, features: FeatureConfig) -> _Prepare
         )
     write_bytes(path, table.getvalue())
     write_bytes(run / "config.yaml", dump_config(config.training).encode())
-    return _Prepared(cache, len(items), len(clips) - len(decoded))
+    return _Prepared(cache, len(items), failed)
+
+
+def _prepared_before(run: Any, config: TrainConfig) -> _Prepared | None:
+    """What a run began with, while all of its features are there and sound; None where it has to be made (again)."""
+    path = run / "items.parquet"
+    if not path.exists() or not (run / "config.yaml").exists():
+        return None
+    with open_seekable(path) as file:
+        table = pq.ParquetFile(file)
+        known, rows = table.schema_arrow.metadata or {}, table.metadata.num_rows
+    facts = json.loads(known.get(PREPARED.encode(), b"{}"))
+    if facts.get("corpus") != config.corpus or pending_shards(facts["cache"], facts["shards"]):
+        return None
+    if is_local(to_path(facts["cache"])):  # those on S3 are checked by the nodes that fetch them
+        verify_features(to_path(facts["cache"]), range(facts["shards"]))
+    return _Prepared(facts["cache"], rows, facts["failed"])
 
 
 def _copies(cache: str, items: pa.Table) -> int:

@@ -16,6 +16,7 @@ from audiomae.model.encoder import AudioEncoder
 from audiomae.storage import walk_files
 from audiomae.training.recipe import DataConfig
 from ray_jobs import train
+from ray_jobs.configs import TrainConfig
 from ray_jobs.training import job
 
 ROOT = Path(train.__file__).resolve().parent.parent
@@ -102,6 +103,30 @@ def test_features_are_decoded_once_for_all_runs_on_a_corpus(finished, corpus, ca
     _, clips = feature_cache.build_cache(str(finished.parent / "features"), root, listing, features, 10.0)
     assert len(clips) == 25
     assert "broken.wav" in capsys.readouterr().out
+
+
+def test_a_resumed_run_does_not_list_its_corpus_again(finished, corpus, capsys, monkeypatch):
+    class Listed(Exception):
+        pass
+
+    def listing(*_: object) -> None:
+        raise Listed
+
+    monkeypatch.setattr(job, "list_files", listing)
+    features = AudioEncoder.load(finished / "encoder", device="cpu").config.features
+    config = TrainConfig.model_validate({"corpus": str(corpus), "storage": str(finished.parent), "name": "first"})
+    prepared = job._prepare(finished, config, features)
+    assert (prepared.clips, prepared.failed_files) == (24, 1) and Path(prepared.cache).is_dir()
+    assert "not listed again" in capsys.readouterr().out
+    with pytest.raises(Listed):  # another corpus: it is compared with what the run began with
+        job._prepare(finished, config.model_copy(update={"corpus": f"{corpus}/low"}), features)
+    receipt = next(Path(prepared.cache).glob("*[0-9].json"))
+    receipt.rename(receipt.with_suffix(".away"))
+    try:
+        with pytest.raises(Listed):  # features that are gone are made again
+            job._prepare(finished, config, features)
+    finally:
+        receipt.with_suffix(".away").rename(receipt)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ clips that are in neither. The same line with an untrained encoder runs beside i
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from audiomae.cli import EXIT_FAILED, EXIT_OK, Command, run_command, run_job
 from ray_jobs.configs import RECIPES, DemoConfig, PipelineConfig, StageOptions
@@ -32,7 +32,6 @@ METRICS = ("mAP", "R@1", "R@5")
 def demo(config: DemoConfig) -> dict[str, float]:
     """Run the demo; R@1 of the live queries by encoder, `trained` and `untrained`."""
     from audiomae import AudioEncoder
-    from audiomae.corpus.synthetic import generate
     from audiomae.storage import write_json
     from ray_jobs import demo_queries
     from ray_jobs._ray import connect
@@ -40,8 +39,8 @@ def demo(config: DemoConfig) -> dict[str, float]:
     started = time.monotonic()
     out = Path(config.out).resolve()
     print(f"== generate: {config.clips} clips and some broken files", flush=True)
-    corpus = generate(out / "corpus", config.clips) / "listing.csv"
-    queries = str(generate(out / "queries", config.queries, seed=1, bad_files=False) / "listing.csv")
+    corpus = generated(out / "corpus", config.clips)
+    queries = str(generated(out / "queries", config.queries, seed=1, bad_files=False))
 
     connect()
     line = _line_of(config, corpus)
@@ -61,6 +60,17 @@ def demo(config: DemoConfig) -> dict[str, float]:
     print(f"report: {out / 'trained' / 'evaluation' / 'report.html'}")
     print(f"to play with it, a page and /docs: serve run serve.app:build index={config.out}/trained/index")
     return {"trained": trained, "untrained": before}
+
+
+def generated(folder: Path, clips: int, **options: Any) -> Path:
+    """The listing of a generated corpus, which is left as it is where it is there: a demo that is called again resumes."""
+    from audiomae.corpus.synthetic import generate
+
+    listing = folder / "listing.csv"  # comes last
+    known = listing.read_text().splitlines()[1:] if listing.exists() else []
+    if sum(not line.endswith(",,") for line in known) != clips:
+        generate(folder, clips, **options)
+    return listing
 
 
 def main(argv: list[str] | None = None) -> int:

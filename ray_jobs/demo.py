@@ -63,7 +63,7 @@ def demo(config: DemoConfig) -> dict[str, float]:
 
 
 def generated(folder: Path, clips: int, **options: Any) -> Path:
-    """The listing of a generated corpus, which is left as it is where it is there: a demo that is called again resumes."""
+    """The listing of a generated corpus, made unless it is there: a demo that is called again resumes."""
     from audiomae.corpus.synthetic import generate
 
     listing = folder / "listing.csv"  # comes last

@@ -40,7 +40,7 @@ SMALL_HITS, INLINE_MS = 100, 2.0
 HEAVY_HITS = 1_000  # an answer of more hits than this goes the lane of the heavy ones
 
 
-class Found(NamedTuple):
+class Searched(NamedTuple):
     """Hits of each query as JSON-ready dicts, the milliseconds it took, and the shards that did not answer."""
 
     results: list[list[dict[str, Any]]]
@@ -204,7 +204,7 @@ def find(
     filter: dict[str, Any] | None,
     without: set[int],
     shadow: RecallShadow,
-) -> Found:
+) -> Searched:
     """What a search of the catalogue gives each query."""
     began = time.perf_counter()
     by_file = wanted.group == "file"
@@ -218,4 +218,4 @@ def find(
         results = [[hit for hit in hits if hit["id"] not in without and hit["uri"] not in files] for hits in results]
     if wanted.collapse:
         results = [collapse(ranking, catalogue.index.vectors) for ranking in results]
-    return Found([ranking[: wanted.k] for ranking in results], milliseconds(began), hits.missing)
+    return Searched([ranking[: wanted.k] for ranking in results], milliseconds(began), hits.missing)

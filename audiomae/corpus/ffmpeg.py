@@ -136,28 +136,28 @@ class AvReader:
     def _placed(self) -> Iterator[np.ndarray]:
         """Decoded frames, float32[frames, width], silence where there are none."""
         rate, line = self.info.sample_rate, _Line(self._name, self.info.sample_rate)
-        run: _Converter | None = None
+        converter: _Converter | None = None
         for frame, time_s, failure in _settled(self._frames):
             if frame is None:
                 line.failed(failure)
                 break
             samples = self._columns(frame)
-            if run is None or run.rate != frame.sample_rate:
-                if run is not None:
-                    yield from run.finish()
-                run = _Converter(frame.sample_rate, rate, samples.shape[1])
+            if converter is None or converter.rate != frame.sample_rate:
+                if converter is not None:
+                    yield from converter.finish()
+                converter = _Converter(frame.sample_rate, rate, samples.shape[1])
             gap = line.gap(time_s, failure)
             if gap < 0:
                 samples, gap = samples[round(-gap * frame.sample_rate / rate) :], 0
             if gap:
-                yield from run.finish()
+                yield from converter.finish()
                 text = failure.why if failure else f"no sound for {gap / rate:.2f} s by the file's own timestamps"
                 self._lose(line.at, line.at + gap, "CorruptAudio" if failure else "Gap", text)
                 yield from _silence(gap, samples.shape[1])
             line.exact += gap + len(samples) * rate / frame.sample_rate
-            yield from run.feed(samples)
-        if run is not None:
-            yield from run.finish()
+            yield from converter.feed(samples)
+        if converter is not None:
+            yield from converter.finish()
         self._end(line)
 
     def _end(self, line: "_Line") -> None:

@@ -258,15 +258,15 @@ class BatchEncoder:
     def _fitting(self, clips: Sequence[Clip]) -> torch.Tensor:
         """Vectors of a batch, in halves where the device has not enough memory for all of it."""
         half = len(clips) // 2
-        try:
-            return self._encode(clips)
-        except torch.OutOfMemoryError:
-            if not half:
-                raise
-        if half < self.batch_size:
+        if len(clips) <= self.batch_size:  # more is known not to fit
+            try:
+                return self._encode(clips)
+            except torch.OutOfMemoryError:
+                if not half:
+                    raise
             self.batch_size = half
             print(f"{len(clips)} windows at once do not fit the memory of {self.device}: {half} from here on")
-        torch.cuda.empty_cache()  # what the failed attempt held in pieces
+            torch.cuda.empty_cache()  # what the failed attempt held in pieces
         return torch.cat([self._fitting(clips[:half]), self._fitting(clips[half:])])
 
     def _encode(self, clips: Sequence[Clip]) -> torch.Tensor:

@@ -37,7 +37,6 @@ import numpy as np
 from _clustered import Clustered, Spent, build_release, row_store, write_set
 
 from audiomae import AudioIndex
-from audiomae.artifacts import releases
 from audiomae.artifacts.embeddings import EmbeddingSet
 from audiomae.search import index as ann
 from audiomae.search.scanning import Scanner
@@ -213,14 +212,14 @@ def step(work: Path, name: str, *arguments: str) -> None:
 
 
 def contestant(work: Path, kind: str, name: str, argument: str) -> dict[str, Any]:
-    """Build one and search it, unless its result is below `work` from before."""
+    """Build one, unless it is below `work` from before, and search it."""
     kept = work / f"{name}.json"
     if not kept.exists():
-        built = in_process(work, os.cpu_count() or 1, f"build {kind}", name, argument)
-        key = () if kind == "ours" else (built["factory"],)
-        found = built | in_process(work, 1, f"search {'ours' if kind == 'ours' else 'faiss'}", name, *key)
-        kept.write_text(json.dumps(found))
-    result: dict[str, Any] = json.loads(kept.read_text())
+        kept.write_text(json.dumps(in_process(work, os.cpu_count() or 1, f"build {kind}", name, argument)))
+    built: dict[str, Any] = json.loads(kept.read_text())
+    answer(work)
+    key = () if kind == "ours" else (built["factory"],)
+    result = built | in_process(work, 1, f"search {'ours' if kind == 'ours' else 'faiss'}", name, *key)
     line = {key: value for key, value in result.items() if key != "tried"}
     print(f"{name}: {json.dumps(line)}", flush=True)
     return result
@@ -247,7 +246,7 @@ def main() -> None:
     parser.add_argument("--autofaiss-bytes", type=float, nargs="*", default=[276.0], help="memory a vector")
     parser.add_argument("--alone", action="store_true", help="ours, and nothing beside it")
     parser.add_argument("--candidates", nargs="*", default=[], help="factory strings for --index")
-    parser.add_argument("--work", type=Path, help="a folder for what is built, used again by the next run")
+    parser.add_argument("--work", type=Path, help="a folder for what is built; the next run only searches it")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/index_build.json"))
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -266,10 +265,6 @@ def main() -> None:
 def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All contestants; the result."""
     prepare(work, arguments.rows)
-    if releases.resolve_or_none(work / "index") is None or not (work / "index.json").exists():
-        built = in_process(work, os.cpu_count() or 1, "build ours", "index", "")
-        answer(work)
-        (work / "index.json").write_text(json.dumps(built | in_process(work, 1, "search ours", "index")))
     found = {"ours": contestant(work, "ours", "index", "")}
     if not arguments.alone:
         lists = lists_for(arguments.rows)

@@ -4,8 +4,9 @@
     python benchmarks/serve_load.py --index INDEX --audio clip.wav
 
 One run measures, on one machine: the bare calls in a process of their own (decode, encode, search), an empty route of
-the same service (/healthz), and the service at 1, 8 and 64 clients; then an open loop at ten times what it can do, a
-thousand clients that stop in the middle of their request, and short clips beside four ten-minute uploads.
+the same service (/healthz), and the service at 1, 8 and 64 clients, turn by turn, as a machine's speed drifts; then an
+open loop at ten times what it can do, a thousand clients that stop in the middle of their request, and short clips
+beside four ten-minute uploads. The client (`_client.py`) is on the same machine; its CPU seconds are said.
 """
 
 import argparse
@@ -19,15 +20,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import httpx
 import numpy as np
 import soundfile
+import uvloop
+from _client import Client, Reply, get, post, post_file
 
 from serve.proxy import free_ports
 
@@ -38,8 +40,8 @@ RATE = 16_000
 LONG_S, LONG_UPLOADS = 600, 4
 STALLED = 1000
 OVERLOAD = 10
-
-Ask = Callable[[aiohttp.ClientSession], Awaitable[tuple[int, dict[str, str]]]]
+ROUNDS = 5  # of each side, by turns
+BARE = {"search_vector": "search", "search_100_vectors": "search_100_vectors", "search": "decode_encode_search"}
 
 
 @dataclass
@@ -51,16 +53,24 @@ class Sample:
     refused: int = 0
     refused_well: int = 0
     seconds: float = 0.0
+    client_cpu_s: float = 0.0
 
-    def take(self, status: int, headers: dict[str, str], milliseconds: float) -> None:
+    def take(self, reply: Reply, milliseconds: float) -> None:
         """Note one answer."""
-        self.statuses[status] += 1
-        if status == 200:
+        self.statuses[reply.status] += 1
+        if reply.status == 200:
             self.answered_ms.append(milliseconds)
             return
         self.refused += 1
-        problem = headers.get("Content-Type") == "application/problem+json"
-        self.refused_well += problem and (status not in (429, 503) or "Retry-After" in headers)
+        problem = reply.headers.get("content-type") == "application/problem+json"
+        self.refused_well += problem and (reply.status not in (429, 503) or "retry-after" in reply.headers)
+
+    def add(self, other: "Sample") -> None:
+        """Take in what other clients saw at another time."""
+        self.answered_ms += other.answered_ms
+        self.statuses += other.statuses
+        self.refused, self.refused_well = self.refused + other.refused, self.refused_well + other.refused_well
+        self.seconds, self.client_cpu_s = self.seconds + other.seconds, self.client_cpu_s + other.client_cpu_s
 
     def summary(self) -> dict[str, Any]:
         """Percentiles and rates."""
@@ -73,6 +83,7 @@ class Sample:
             "answered_per_s": round(len(self.answered_ms) / max(self.seconds, 1e-9), 1),
             "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
             "refusals_with_problem_and_retry_after": f"{self.refused_well} of {self.refused}",
+            "client_cpus": round(self.client_cpu_s / max(self.seconds, 1e-9), 2),
         }
 
 
@@ -86,39 +97,19 @@ def main() -> None:
     parser.add_argument("--out", default=str(OUT))
     args = parser.parse_args()
     if args.bare:
-        print(json.dumps(bare(args.index, Path(args.audio).read_bytes(), args.seconds)))
+        bare(args.index, Path(args.audio).read_bytes())
         return
     with tempfile.TemporaryDirectory() as work:
         index = args.index or make_index(Path(work))
         clip = Path(args.audio) if args.audio else Path(work) / "clip.wav"
         if not args.audio:
             clip.write_bytes(sound(5.0))
-        alone = subprocess.run(
-            [
-                sys.executable,
-                __file__,
-                "--bare",
-                "--index",
-                index,
-                "--audio",
-                str(clip),
-                "--seconds",
-                str(args.seconds),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-        )
-        report: dict[str, Any] = {
-            "cpus": os.cpu_count(),
-            "load_before": os.getloadavg(),
-            "bare": json.loads(alone.stdout),
-        }
+        report: dict[str, Any] = {"cpus": os.cpu_count(), "load_before": os.getloadavg()}
         (port,) = free_ports(1)
         service = start(index, port)
         try:
-            report |= asyncio.run(measure(f"http://127.0.0.1:{port}", port, clip.read_bytes(), args.seconds))
+            with Bare(index, clip) as alone:
+                report |= uvloop.run(measure(port, clip.read_bytes(), args.seconds, alone))
         finally:
             os.killpg(service.pid, signal.SIGTERM)
             service.wait()
@@ -128,8 +119,29 @@ def main() -> None:
     print(json.dumps(report, indent=2))
 
 
-def bare(index_dir: str, data: bytes, seconds: float) -> dict[str, Any]:
-    """The calls that a query needs, without a service: milliseconds, and queries a second in a loop."""
+class Bare:
+    """The calls that a query needs, without a service, in a process of their own that waits for its turn."""
+
+    def __init__(self, index: str, clip: Path) -> None:
+        command = [sys.executable, __file__, "--bare", "--index", index, "--audio", str(clip)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def __enter__(self) -> "Bare":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def run(self, name: str, seconds: float) -> list[float]:
+        """Milliseconds of each call in so many seconds of them."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(name, seconds, file=self._process.stdin, flush=True)
+        times: list[float] = json.loads(self._process.stdout.readline())
+        return times
+
+
+def bare(index_dir: str, data: bytes) -> None:
+    """What `Bare` asks for: for each line `NAME SECONDS` on standard input the milliseconds of the calls, as JSON."""
     from audiomae import AudioEncoder, AudioIndex
     from audiomae.corpus.decode import iter_windows
 
@@ -143,89 +155,102 @@ def bare(index_dir: str, data: bytes, seconds: float) -> dict[str, Any]:
         windows = [window.samples for window in iter_windows(data, encoder.sample_rate, window_s, window_s)]
         _ = index.search(encoder.embed(windows).mean(axis=0), k=10).items
 
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "search": lambda: index.search(vector, k=10).items,
         "search_100_vectors": lambda: index.search(hundred, k=10).items,
         "decode_encode_search": query,
     }
-    found = {}
-    for name, call in calls.items():
-        for _ in range(5):
-            call()
-        times, until = [], time.perf_counter() + seconds
+    for line in sys.stdin:
+        name, seconds = line.split()
+        times, until = [], time.perf_counter() + float(seconds)
         while time.perf_counter() < until:
             began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-        found[name] = {"p50_ms": round(1000 * float(np.median(times)), 3), "per_s": round(len(times) / sum(times), 1)}
-    return found
+            calls[name]()
+            times.append(1000 * (time.perf_counter() - began))
+        print(json.dumps(times), flush=True)
 
 
-async def measure(url: str, port: int, clip: bytes, seconds: float) -> dict[str, Any]:
+async def measure(port: int, clip: bytes, seconds: float, alone: Bare) -> dict[str, Any]:
     """Everything that is asked of the running service."""
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(120)) as http:
-        dim = (await (await http.get("/release")).json())["dim"]
-        one, hundred = (np.random.default_rng(0).normal(size=(count, dim)).round(6).tolist() for count in (1, 100))
-        asks = {
-            "empty_route": get("/healthz"),
-            "search_vector": post_json("/search/vector", {"vectors": one, "k": 10}),
-            "search_100_vectors": post_json("/search/vector", {"vectors": hundred, "k": 10}),
-            "search": post_file("/search", clip),
-        }
-        report: dict[str, Any] = {name: {} for name in asks}
-        for name, ask in asks.items():
-            await closed_loop(http, ask, 1, 1.0)
-            for clients in CLIENTS:
-                report[name][str(clients)] = (await closed_loop(http, ask, clients, seconds)).summary()
-        peak = max(report["search"][str(clients)]["answered_per_s"] for clients in CLIENTS)
-        report["overload"] = {
-            "at_capacity": (await open_loop(http, asks["search"], peak, 2 * seconds)).summary(),
-            "offered_per_s": OVERLOAD * peak,
-            "at_ten_times": (await open_loop(http, asks["search"], OVERLOAD * peak, 2 * seconds)).summary(),
-        }
+    http = Client(port)
+    dim = httpx.get(f"http://127.0.0.1:{port}/release").json()["dim"]
+    one, hundred = (np.random.default_rng(0).normal(size=(count, dim)).round(6).tolist() for count in (1, 100))
+    asks = {
+        "empty_route": get("/healthz"),
+        "search_vector": post_json("/search/vector", {"vectors": one, "k": 10}),
+        "search_100_vectors": post_json("/search/vector", {"vectors": hundred, "k": 10}),
+        "search": post_file("/search", clip),
+    }
+    report: dict[str, Any] = {}
+    for name, ask in asks.items():
+        await closed_loop(http, ask, 1, 1.0)
+        if name in BARE:
+            alone.run(BARE[name], 1.0)
+        report[name] = {}
+        for clients in CLIENTS:
+            ours, empty, calls = Sample(), Sample(), []
+            for _ in range(ROUNDS):
+                if name in BARE:
+                    calls += alone.run(BARE[name], seconds / ROUNDS)
+                    empty.add(await closed_loop(http, asks["empty_route"], 1, seconds / ROUNDS))
+                ours.add(await closed_loop(http, ask, clients, seconds / (1 if clients > 1 else ROUNDS)))
+            report[name][str(clients)] = ours.summary()
+            if calls:
+                beside = {
+                    "p50_ms": round(float(np.median(calls)), 3),
+                    "per_s": round(1000 * len(calls) / sum(calls), 1),
+                }
+                report[name][str(clients)] |= {"bare": beside, "empty_route_p50_ms": empty.summary()["p50_ms"]}
+    peak = max(report["search"][str(clients)]["answered_per_s"] for clients in CLIENTS)
+    calm, storm = Sample(), Sample()
+    for _ in range(2):
+        calm.add(await open_loop(http, asks["search"], peak, 2 * seconds))
+        storm.add(await open_loop(http, asks["search"], OVERLOAD * peak, 2 * seconds))
         await asyncio.sleep(2)
-        report["stalled_clients"] = await stalled(http, port, seconds)
-        report["fairness"] = await fairness(http, asks["search"], seconds)
-        return report
+    report["overload"] = {
+        "at_capacity": calm.summary(),
+        "offered_per_s": OVERLOAD * peak,
+        "at_ten_times": storm.summary(),
+    }
+    report["stalled_clients"] = await stalled(http, port, seconds)
+    report["fairness"] = await fairness(http, asks["search"], seconds)
+    http.close()
+    return report
 
 
-async def closed_loop(http: aiohttp.ClientSession, ask: Ask, clients: int, seconds: float) -> Sample:
+async def closed_loop(http: Client, ask: bytes, clients: int, seconds: float) -> Sample:
     """So many clients, each asking again when it has its answer."""
-    sample, began = Sample(), time.perf_counter()
+    sample, began, worked = Sample(), time.perf_counter(), time.process_time()
 
     async def client() -> None:
         while time.perf_counter() - began < seconds:
             await timed(http, ask, sample)
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    sample.seconds = time.perf_counter() - began
+    sample.seconds, sample.client_cpu_s = time.perf_counter() - began, time.process_time() - worked
     return sample
 
 
-async def open_loop(http: aiohttp.ClientSession, ask: Ask, per_s: float, seconds: float) -> Sample:
+async def open_loop(http: Client, ask: bytes, per_s: float, seconds: float) -> Sample:
     """Requests at a rate, whether the earlier ones were answered or not; goodput is over the time they are sent in."""
-    sample, began = Sample(), time.perf_counter()
+    sample, began, worked = Sample(), time.perf_counter(), time.process_time()
     tasks = []
     for number in range(int(per_s * seconds)):
         await asyncio.sleep(max(0.0, began + number / per_s - time.perf_counter()))
         tasks.append(asyncio.create_task(timed(http, ask, sample)))
-    sample.seconds = time.perf_counter() - began
+    sample.seconds, sample.client_cpu_s = time.perf_counter() - began, time.process_time() - worked
     await asyncio.gather(*tasks)
     return sample
 
 
-async def timed(http: aiohttp.ClientSession, ask: Ask, sample: Sample) -> None:
+async def timed(http: Client, ask: bytes, sample: Sample) -> None:
     """One request; a connection that breaks counts as status 0."""
     began = time.perf_counter()
-    try:
-        status, headers = await ask(http)
-    except aiohttp.ClientError:
-        status, headers = 0, {}
-    sample.take(status, headers, 1000 * (time.perf_counter() - began))
+    reply = await http.ask(ask)
+    sample.take(reply, 1000 * (time.perf_counter() - began))
 
 
-async def stalled(http: aiohttp.ClientSession, port: int, seconds: float) -> dict[str, Any]:
+async def stalled(http: Client, port: int, seconds: float) -> dict[str, Any]:
     """/healthz while a thousand clients have sent headers and five bytes of their body."""
     request = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     request += b"Content-Length: 100000\r\n\r\n--B\r\n"
@@ -241,7 +266,7 @@ async def stalled(http: aiohttp.ClientSession, port: int, seconds: float) -> dic
     return {"clients": STALLED, "healthz": sample.summary()}
 
 
-async def fairness(http: aiohttp.ClientSession, ask: Ask, seconds: float) -> dict[str, Any]:
+async def fairness(http: Client, ask: bytes, seconds: float) -> dict[str, Any]:
     """A short clip's latency alone and beside four uploads of ten minutes."""
     alone = await closed_loop(http, ask, 1, seconds)
     upload = post_file("/search", sound(LONG_S, "FLAC"))
@@ -261,50 +286,25 @@ async def fairness(http: aiohttp.ClientSession, ask: Ask, seconds: float) -> dic
     }
 
 
-def get(path: str) -> Ask:
-    """GET."""
-
-    async def ask(http: aiohttp.ClientSession) -> tuple[int, dict[str, str]]:
-        async with http.get(path) as reply:
-            await reply.read()
-            return reply.status, dict(reply.headers)
-
-    return ask
-
-
-def post_json(path: str, value: Any) -> Ask:
-    """POST of JSON that was encoded once."""
-    return _post(path, json.dumps(value).encode(), "application/json")
-
-
-def post_file(path: str, data: bytes) -> Ask:
-    """POST of a form with a file that was encoded once."""
-    head = b'--B\r\nContent-Disposition: form-data; name="file"; filename="clip"\r\n\r\n'
-    return _post(path, head + data + b"\r\n--B--\r\n", "multipart/form-data; boundary=B")
-
-
-def _post(path: str, body: bytes, kind: str) -> Ask:
-    async def ask(http: aiohttp.ClientSession) -> tuple[int, dict[str, str]]:
-        async with http.post(path, data=body, headers={"Content-Type": kind}) as reply:
-            await reply.read()
-            return reply.status, dict(reply.headers)
-
-    return ask
+def post_json(path: str, value: Any) -> bytes:
+    """A request with JSON."""
+    return post(path, json.dumps(value).encode(), "application/json")
 
 
 def ratios(report: dict[str, Any]) -> dict[str, float]:
     """The figures that have a bar."""
-    bare_ms = {name: value["p50_ms"] for name, value in report["bare"].items()}
-    empty = report["empty_route"]["1"]["p50_ms"]
-    at = {name: report[name]["1"]["p50_ms"] for name in ("search_vector", "search_100_vectors", "search")}
-    overload, fair = report["overload"], report["fairness"]
+    one = {name: report[name]["1"] for name in BARE}
+    overload, fair, many = report["overload"], report["fairness"], report["search"]["64"]
     peak = overload["offered_per_s"] / OVERLOAD
+
+    def over_both(seen: dict[str, Any]) -> float:
+        return float(seen["p50_ms"] / (seen["bare"]["p50_ms"] + seen["empty_route_p50_ms"]))
+
     found = {
-        "search_vector / (bare search + empty route)": at["search_vector"] / (bare_ms["search"] + empty),
-        "search_100_vectors / (bare + empty route)": at["search_100_vectors"] / (bare_ms["search_100_vectors"] + empty),
-        "search / bare decode+encode+search": at["search"] / bare_ms["decode_encode_search"],
-        "search at 64 clients / bare loop": report["search"]["64"]["answered_per_s"]
-        / report["bare"]["decode_encode_search"]["per_s"],
+        "search_vector / (bare search + empty route)": over_both(one["search_vector"]),
+        "search_100_vectors / (bare + empty route)": over_both(one["search_100_vectors"]),
+        "search / bare decode+encode+search": one["search"]["p50_ms"] / one["search"]["bare"]["p50_ms"],
+        "search at 64 clients / bare loop": many["answered_per_s"] / many["bare"]["per_s"],
         "accepted p99 at 10x / at capacity": overload["at_ten_times"]["p99_ms"] / overload["at_capacity"]["p99_ms"],
         "goodput at 10x / peak": overload["at_ten_times"]["answered_per_s"] / peak,
         "short clip beside four uploads / alone": fair["beside_four_uploads"]["p50_ms"] / fair["alone"]["p50_ms"],

@@ -8,7 +8,6 @@ the machine does meets both. Prints p50, p95 and their ratios for one vector, fo
 """
 
 import argparse
-import asyncio
 import json
 import os
 import signal
@@ -18,11 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import aiohttp
+import httpx
 import numpy as np
+import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from serve_load import ROOT, Ask, post_file, post_json, sound, start
+from _client import Client, post_file
+from serve_load import ROOT, post_json, sound, start
 
 from serve.proxy import free_ports
 
@@ -47,7 +48,7 @@ def main() -> None:
             for name, port in ports.items():
                 shards = args.shards if name == "divided" else 1
                 services.append(start(index, port, f"index_shards={shards}"))
-            report = asyncio.run(measure(ports, args.seconds))
+            report = uvloop.run(measure(ports, args.seconds))
         finally:
             for service in services:
                 os.killpg(service.pid, signal.SIGTERM)
@@ -59,10 +60,9 @@ def main() -> None:
 
 async def measure(ports: dict[str, int], seconds: float) -> dict[str, Any]:
     """Every kind of request to both services in turn."""
-    sessions = {name: aiohttp.ClientSession(f"http://127.0.0.1:{port}") for name, port in ports.items()}
+    clients = {name: Client(port) for name, port in ports.items()}
     try:
-        first = next(iter(sessions.values()))
-        dim = (await (await first.get("/release")).json())["dim"]
+        dim = httpx.get(f"http://127.0.0.1:{next(iter(ports.values()))}/release").json()["dim"]
         vectors = np.random.default_rng(0).normal(size=(10, dim)).round(6).tolist()
         asks = {
             "one vector": post_json("/search/vector", {"vectors": vectors[:1], "k": 10}),
@@ -72,21 +72,21 @@ async def measure(ports: dict[str, int], seconds: float) -> dict[str, Any]:
             ),
             "clip of 5 s": post_file("/search", sound(5.0)),
         }
-        return {name: await side_by_side(sessions, ask, seconds) for name, ask in asks.items()}
+        return {name: await side_by_side(clients, ask, seconds) for name, ask in asks.items()}
     finally:
-        for session in sessions.values():
-            await session.close()
+        for client in clients.values():
+            client.close()
 
 
-async def side_by_side(sessions: dict[str, aiohttp.ClientSession], ask: Ask, seconds: float) -> dict[str, Any]:
+async def side_by_side(clients: dict[str, Client], ask: bytes, seconds: float) -> dict[str, Any]:
     """One client that asks both services in turn."""
-    times: dict[str, list[float]] = {name: [] for name in sessions}
+    times: dict[str, list[float]] = {name: [] for name in clients}
     until, warm = time.perf_counter() + seconds, 5
     while time.perf_counter() < until or len(times["divided"]) < 20:
-        for name, session in sessions.items():
+        for name, client in clients.items():
             began = time.perf_counter()
-            status, _ = await ask(session)
-            assert status == 200, (name, status)
+            reply = await client.ask(ask)
+            assert reply.status == 200, (name, reply)
             times[name].append(1000 * (time.perf_counter() - began))
     found: dict[str, Any] = {}
     for name, seen in times.items():

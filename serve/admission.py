@@ -6,9 +6,9 @@ refused at once with 503 and a `Retry-After`: under overload those who are let i
 soon. Whoever gives up waiting, or leaves, frees the place.
 
 A burst may wait longer than that, as its clients would only come again. When refusals outnumber answers it is no burst
-but a storm: the queue is cut to a quarter, the last to come first, and stays so short until nobody has been refused for
-a second. In a storm refusals also say (`PACE_HEADER`) how far apart requests may come so that about as many are let in
-as get done; `serve.proxy` keeps to it and refuses the rest before they cost this process anything.
+but a storm: half as many work at a time and the queue is cut to a twelfth, the last to come first, until nobody has
+been refused for a second. In a storm answers also say (`PACE_HEADER`) how far apart requests may come so that a few
+more are let in than get done; `serve.proxy` keeps to it and refuses the rest before they cost this process anything.
 
 Lanes are of one event loop; nothing here locks. Health, readiness, metrics and administration go through none of them.
 """
@@ -17,17 +17,19 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from serve.problems import Problem
-from serve.proxy import PACE_HEADER, STORM_S
+from serve.proxy import PACE_HEADER, PACED_HEADER, STORM_S, UPLOAD_PATHS
 
 SMOOTHING = 0.1  # weight of the newest measurement of a unit's seconds
 MAX_RETRY_S = 60
 MEMORY_S = 1.0  # how long refusals and answers are remembered
-STORM_QUEUE = 4  # so many times fewer may wait in a storm, and so much shorter
-PACE = 1.1  # so many requests are let in for each that gets done, lest there be too few
+STORM_PLACES, STORM_QUEUE, STORM_WAIT = 2, 12, 8  # so many times fewer work and wait in a storm, and so much shorter
+PACE = 1.2  # so many requests are let in for each that gets done, so that there may be more
 
 
 class Recent:
@@ -82,7 +84,7 @@ class Lane:
 
     def expected_wait_s(self) -> float:
         """How long the next one to come would wait for a place."""
-        if self.working < self.places:
+        if self.working < self._may_work():
             return 0.0
         return (self._queued_cost + self._working_cost / 2) * self._unit_s
 
@@ -91,8 +93,14 @@ class Lane:
         """Whether more were refused than answered, and more than a full queue of them; it lasts while refusals do."""
         return time.monotonic() < self._storm_end
 
-    def refuse_early(self) -> None:
-        """Raise the problem that `place` would, before a body is read for nothing."""
+    def refuse_early(self, paced: bool = False) -> None:
+        """Raise the problem that `place` would, before a body is read for nothing.
+
+        Args:
+            paced: the proxy refuses others meanwhile, so that a storm goes on although there are few refusals here.
+        """
+        if paced and self.storm:
+            self._storm_end = time.monotonic() + STORM_S
         wait = self.expected_wait_s()
         if self._is_full(wait):
             raise self._refusal(wait)
@@ -108,7 +116,7 @@ class Lane:
         Raises:
             Problem: 503 `overloaded`, at once when the wait would be too long.
         """
-        if self.working < self.places and not self._waiting:
+        if self.working < self._may_work() and not self._waiting:
             self._enter(cost)
         else:
             wait = self.expected_wait_s()
@@ -123,17 +131,19 @@ class Lane:
     def _is_full(self, wait_s: float) -> bool:
         return self.waiting >= self._may_wait() and wait_s > self._longest_wait_s()
 
+    def _may_work(self) -> int:
+        return max(1, self.places // STORM_PLACES) if self.storm else self.places
+
     def _may_wait(self) -> int:
         return self.min_queue // STORM_QUEUE if self.storm else self.min_queue
 
     def _longest_wait_s(self) -> float:
-        return self.max_wait_s / STORM_QUEUE if self.storm else self.max_wait_s
+        return self.max_wait_s / STORM_WAIT if self.storm else self.max_wait_s
 
     def _refusal(self, wait_s: float) -> Problem:
         refused = self._refused.count(1)
         if self.storm or refused > max(self.places + self.min_queue, self._answered.count()):
             self._storm_end = time.monotonic() + STORM_S
-        pace_us = self._pace_us()
         while self.waiting > self._may_wait():
             turn, cost = self._waiting[-1]
             if self.expected_wait_s() - cost * self._unit_s <= self._longest_wait_s():
@@ -141,13 +151,11 @@ class Lane:
             self._waiting.pop()
             self._queued_cost -= cost
             if not turn.done():
-                turn.set_exception(overloaded(self.name, wait_s, pace_us))
-        return overloaded(self.name, wait_s, pace_us)
+                turn.set_exception(overloaded(self.name, wait_s))
+        return overloaded(self.name, wait_s)
 
-    def _pace_us(self) -> int | None:
-        """How far apart requests may come now, in microseconds; None where they need not keep apart."""
-        if not self.storm:
-            return None
+    def pace_us(self) -> int:
+        """How far apart requests may come so that a few more come than get done, in microseconds."""
         return round(1e6 * MEMORY_S / (PACE * self._replicas * max(1.0, self._answered.count())))
 
     async def _wait(self, cost: float, deadline: float) -> None:
@@ -178,7 +186,7 @@ class Lane:
         self._working_cost -= cost
         self._answered.count(1)
         self._learn(cost)
-        while self._waiting and self.working < self.places:
+        while self._waiting and self.working < self._may_work():
             turn, next_cost = self._waiting.popleft()
             self._queued_cost -= next_cost
             if not turn.done():
@@ -199,14 +207,46 @@ class Lane:
             self._busy_since = None
 
 
-def overloaded(lane: str, wait_s: float, pace_us: int | None = None) -> Problem:
+class Shedding:
+    """ASGI middleware: uploads that would find no place are refused before their bodies are read.
+
+    Under overload most requests end here, and must cost next to nothing; the server drops what still comes of them. In
+    a storm every answer to an upload says how far apart they may come. `note` is told of those that the proxy refused.
+    """
+
+    def __init__(self, app: ASGIApp, lane: Lane, note: Callable[[int], None]) -> None:
+        self._app, self._lane, self._note = app, lane, note
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in UPLOAD_PATHS:
+            await self._app(scope, receive, send)
+            return
+        refused = dict(scope["headers"]).get(PACED_HEADER.encode(), b"")
+        paced = refused.isdigit()
+        if paced:
+            self._note(int(refused))
+
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start" and (paced or self._lane.storm):
+                pace = (PACE_HEADER.encode(), str(self._lane.pace_us()).encode())
+                message = {**message, "headers": [*message["headers"], pace]}
+            await send(message)
+
+        try:
+            self._lane.refuse_early(paced)
+        except Problem as problem:
+            await problem.response()(scope, receive, told)
+            return
+        await self._app(scope, receive, told)
+
+
+def overloaded(lane: str, wait_s: float) -> Problem:
     """503: come back when what is queued now is done."""
-    pace = {} if pace_us is None else {PACE_HEADER: str(pace_us)}
     seconds = min(MAX_RETRY_S, max(1, math.ceil(wait_s)))
     return Problem(
         503,
         "overloaded",
         f"too much {lane} work is waiting (about {wait_s:.1f} s of it); try again in {seconds} s",
-        headers={"Retry-After": str(seconds), **pace},
+        headers={"Retry-After": str(seconds)},
         retry_after_s=seconds,
     )

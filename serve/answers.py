@@ -1,7 +1,7 @@
 """Hits as JSON: rows of the items table become the API's objects once, and bytes straight from there."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -55,26 +55,77 @@ def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[list[di
 
     An item that many queries find is read once; its hits share what they say of it.
     """
-    scores = np.minimum(hits.scores, 1.0)
-    chances = np.full(scores.shape, None) if probability is None else probability(scores)
-    distinct, inverse = np.unique(hits.rows, return_inverse=True)
-    entries: Any = inverse.reshape(hits.rows.shape).tolist()
-    padded = int(len(distinct) > 0 and distinct[0] < 0)
-    items = [shown(row) for row in hits.rows_of(distinct[padded:])]
-    found = []
+    found = _Found.of(hits, probability)
+    ranked = []
     for query, (row, row_scores, row_chances) in enumerate(
-        zip(entries, scores.tolist(), chances.tolist(), strict=True)
+        zip(found.entries, found.scores, found.chances, strict=True)
     ):
         ranking = []
         for number, (entry, score, chance) in enumerate(zip(row, row_scores, row_chances, strict=True)):
-            if entry < padded:
+            if entry < 0:
                 break
-            hit = items[entry - padded] | {"score": score, "probability": chance, "matches": None, **NO_SPAN}
+            hit = found.items[entry] | {"score": score, "probability": chance, "matches": None, **NO_SPAN}
             if by_file:
                 hit["matches"] = _matches(hits, query, number, hit)
             ranking.append(hit)
-        found.append(ranking)
-    return found
+        ranked.append(ranking)
+    return ranked
+
+
+def rankings_json(hits: Hits, by_file: bool, probability: Any = None) -> list[orjson.Fragment]:
+    """As `rankings`, each as JSON: what is said of an item is written once too, with gaps for what each hit adds."""
+    found = _Found.of(hits, probability)
+    one_window = by_file and hits.windows is None
+    gaps = [_gaps(item, one_window) for item in found.items]
+    ranked = []
+    for query, (row, row_scores, row_chances) in enumerate(
+        zip(found.entries, found.scores, found.chances, strict=True)
+    ):
+        count = len(row) if row and row[-1] >= 0 else sum(entry >= 0 for entry in row)
+        scores, chances = _each(row_scores), _each(row_chances)
+        if one_window:
+            matches = scores
+        elif by_file:
+            matches = [dumps(_matches(hits, query, number, {})) for number in range(count)]
+        else:
+            matches = [b"null"] * count
+        values = zip(row[:count], scores, chances, matches, strict=False)
+        ranking = [gaps[entry] % (score, chance, match) for entry, score, chance, match in values]
+        ranked.append(orjson.Fragment(b"[" + b",".join(ranking) + b"]"))
+    return ranked
+
+
+class _Found(NamedTuple):
+    """Hits in plain values: items that any query found, and for each query which of them (-1: none) with what score."""
+
+    items: list[dict[str, Any]]
+    entries: list[list[int]]
+    scores: list[list[float]]
+    chances: list[list[Any]]
+
+    @classmethod
+    def of(cls, hits: Hits, probability: Any) -> "_Found":
+        scores = np.minimum(hits.scores, 1.0)
+        chances = np.full(scores.shape, None) if probability is None else probability(scores)
+        distinct, inverse = np.unique(hits.rows, return_inverse=True)
+        padded = int(len(distinct) > 0 and distinct[0] < 0)
+        items = [shown(row) for row in hits.rows_of(distinct[padded:])]
+        entries: Any = inverse.reshape(hits.rows.shape) - padded
+        return cls(items, entries.tolist(), scores.tolist(), chances.tolist())
+
+
+def _gaps(item: dict[str, Any], one_window: bool) -> bytes:
+    """A hit of an item as JSON, with `%b` for its score, its probability and its matches (or their score)."""
+    head = dumps(item)[:-1].replace(b"%", b"%%")
+    matches = b"%b"
+    if one_window:
+        matches = b'{"windows":1,"spans":[' + dumps(_span(item | {"score": 0}))[:-2] + b"%b}]}"
+    return head + b',"score":%b,"probability":%b,"matches":' + matches + b"," + dumps(NO_SPAN)[1:]
+
+
+def _each(values: list[Any]) -> list[bytes]:
+    """Numbers or None, each as JSON."""
+    return orjson.dumps(values)[1:-1].split(b",")
 
 
 def merge_windows(ranked: Sequence[list[dict[str, Any]]], spans: Sequence[tuple[float, float]], k: int) -> list[Any]:
@@ -164,16 +215,16 @@ def search_json(answer: Answer, timing: Timing) -> bytes:
 
 
 def vector_search_json(answer: Answer, timing: Timing) -> bytes:
-    """The body of a `VectorSearchResponse`, ranking by ranking, so that no other thread waits for all of them."""
-    head = dumps(
+    """The body of a `VectorSearchResponse`."""
+    return dumps(
         {
             "release": answer.release,
+            "results": answer.results,
             "timing_ms": timing.model_dump(),
             "partial": bool(answer.missing),
             "missing": list(answer.missing),
         }
     )
-    return head[:-1] + b',"results":[' + b",".join(dumps(ranking) for ranking in answer.results) + b"]}"
 
 
 def _safe(value: Any) -> Any:

@@ -53,11 +53,6 @@ class Lanes:
         async with self.all[lane].place(cost, time.monotonic() + seconds):
             yield
 
-    def shed(self, method: str, path: str) -> None:
-        """Raise the problem of a request that comes while its lane is full, before its body is read."""
-        if method == "POST" and path in ("/search", "/embed"):
-            self.all["short"].refuse_early()
-
 
 async def bounded(work: Awaitable[T], seconds: float, what: str) -> T:
     """The result of `work`; 504 `timeout` when it does not come within so many seconds."""

@@ -1,7 +1,8 @@
 """Ray Serve's HAProxy with our manners: problem JSON for its own errors, patience with limits, private ports private.
 
 In a storm (`serve.admission`) it lets uploads through at the pace at which the service gets them done and refuses the
-others itself, which costs far less than to hand them on.
+others itself, which costs far less than to hand them on. It goes on until none had to be refused for a second, here or
+there; the next one let through says how many were (`PACED_HEADER`), and its answer the pace from then on.
 
 Serve writes HAProxy's configuration itself and starts the program that `RAY_SERVE_HAPROXY_BINARY_PATH` names. That is
 `launcher`'s script, which runs this module: it adds what the configuration lacks and becomes HAProxy. What it does not
@@ -29,10 +30,12 @@ BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADER_TIMEOUT_S = 10
 CLIENT_TIMEOUT_S = 75  # between two pieces of a request or an answer
 MAX_CONNECTIONS = 5_000
-BUFFER_BYTES = 32_768  # longest request line and headers; the service refuses less than that with 431
+BUFFER_BYTES = 32_768  # for headers (the service refuses less than that with 431), and read in vain of what is refused
 DRAIN_S = 2
 CHECK_TIMEOUT_S = 60  # a busy machine is slow, not ill
-PACE_HEADER = "x-pace-us"  # of a refusal: how far apart uploads may come, in microseconds
+UPLOAD_PATHS = ("/search", "/embed")
+PACE_HEADER = "x-pace-us"  # of an answer: how far apart uploads may come, in microseconds
+PACED_HEADER = "x-paced"  # of a request: so many were refused since the one before it
 STORM_S = 1.0  # a storm is over when nobody has been refused for so long
 ERRORS = {
     400: ("bad_request", "the request is not valid HTTP, or its headers are too long"),
@@ -62,6 +65,8 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        # the replicas count their requests; a log line for each, for the proxy's own process to count, is a second time
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_MAXCONN": str(MAX_CONNECTIONS),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, available_cpus())),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
@@ -105,19 +110,27 @@ def hardened(config: str, error_files: dict[int, Path]) -> str:
 
 
 def pacing() -> str:
-    """Rules of a frontend: uploads no closer together than a refusal of the last second has asked for."""
+    """Rules of a frontend: uploads no closer together than the service asks for, from its first refusal on."""
     page = json.dumps(problem(503, "overloaded", "too many uploads are coming in; try again in 1 s"))
-    is_upload, told = "METH_POST { path /search /embed }", f"{{ res.hdr({PACE_HEADER}) -m found }}"
+    is_upload, told = f"METH_POST {{ path {' '.join(UPLOAD_PATHS)} }}", f"{{ res.hdr({PACE_HEADER}) -m found }}"
     stormy, early = "{ var(txn.storm_left) -m int gt 0 }", "{ var(txn.too_early) -m int gt 0 }"
+    refused = "{ var(proc.refused) -m int gt 0 }"
     answer = f"status 503 content-type application/problem+json hdr Retry-After 1 string '{page}'"
+    on = f"set-var(proc.storm_end) date({round(1e6 * STORM_S)},us)"
     rules = [
+        f"http-request del-header {PACED_HEADER}",
         f"http-request set-var(txn.now) date(0,us) if {is_upload}",
         f"http-request set-var(txn.storm_left) var(proc.storm_end),sub(txn.now) if {is_upload}",
         f"http-request set-var(txn.too_early) var(proc.next),sub(txn.now) if {stormy}",
+        f"http-request {on} if {early}",
+        f"http-request set-var(proc.refused) var(proc.refused,0),add(1) if {early}",
+        f"http-request set-log-level silent if {early}",
         f"http-request return {answer} if {early}",
         f"http-request set-var(proc.next) var(proc.pace),add(txn.now) if {stormy}",
+        f"http-request set-header {PACED_HEADER} %[var(proc.refused)] if {is_upload} {refused}",
+        f"http-request set-var(proc.refused) int(0) if {is_upload}",
         f"http-response set-var(proc.pace) res.hdr({PACE_HEADER}),add(0) if {told}",
-        f"http-response set-var(proc.storm_end) date({round(1e6 * STORM_S)},us) if {told}",
+        f"http-response {on} if {told} {{ status 503 }}",
         f"http-response del-header {PACE_HEADER}",
     ]
     return "".join(f"    {rule}\n" for rule in rules)

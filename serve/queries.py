@@ -68,12 +68,16 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The answer that a query wants: how many hits, through which filter, windows or files, duplicates or not."""
+    """The answer that a query wants: how many hits, through which filter, windows or files, duplicates or not.
+
+    With `by_window` like any window of the sound, else like all of it.
+    """
 
     k: int = 10
     filter: str | dict[str, Any] | None = None
     group: Group = "file"
     collapse: bool = False
+    by_window: bool = False
 
 
 @dataclass
@@ -82,13 +86,13 @@ class Answer:
 
     Attributes:
         release: the version that answered, first to last.
-        results: hits as JSON-ready dicts: one list per query vector.
+        results: hits of each query vector: a list of JSON-ready dicts, or that list as JSON.
         timing: where the time went.
         missing: shards of the index that did not answer.
     """
 
     release: str
-    results: list[list[dict[str, Any]]]
+    results: list[Any]
     timing: Timing = field(default_factory=Timing)
     missing: Sequence[str] = ()
 

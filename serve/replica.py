@@ -1,6 +1,7 @@
 """One API replica: a process that takes HTTP requests and answers them."""
 
 import asyncio
+import gc
 import sys
 import threading
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ class Api(Backstage):
         self._service = SearchService(args, encoder, shared, local, many)
         self._service.release.open(shared.get())
         threading.Thread(target=media.warm_up, daemon=True).start()
+        gc.collect()
+        gc.freeze()  # modules, model and index stay: the collector need not look through them again under load
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service, self._metrics, self)

@@ -12,6 +12,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from serve import access, answers, openapi, problems
+from serve.admission import Shedding
 from serve.item_routes import add_item_routes
 from serve.metrics import ApiMetrics, CountRequests, merge
 from serve.problems import responses
@@ -54,7 +55,8 @@ def create_app(service: SearchService, metrics: ApiMetrics, backstage: Backstage
     )
     problems.install(app)
     app.add_middleware(access.Tokens)
-    app.add_middleware(Limits, args=service.args, shed=service.lanes.shed)
+    app.add_middleware(Limits, args=service.args)
+    app.add_middleware(Shedding, lane=service.lanes.all["short"], note=metrics.refused_by_proxy)
     if service.args.cors:
         app.add_middleware(CORSMiddleware, allow_origins=[service.args.cors], allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(CountRequests, metrics=metrics)

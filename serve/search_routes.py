@@ -61,11 +61,11 @@ def _add_upload_routes(app: FastAPI, service: SearchService, metrics: ApiMetrics
         """
         form = await read_form(request)
         fields = SearchForm.model_validate({**form.fields, "file": form.files.get("file", b"")})
-        wanted = Wanted(fields.k, fields.filter, fields.group, fields.collapse)
+        wanted = Wanted(fields.k, fields.filter, fields.group, fields.collapse, fields.mode == "windows")
         region = Region(fields.start_s, fields.end_s)
         if fields.examples is None and fields.text is None:
             upload = Sound(required_file(form), region=region)
-            answer = await service.search_sound(upload, wanted, fields.mode == "windows")
+            answer = await service.search_sound(upload, wanted)
         else:
             answer = await service.search_mixed(mixed(form, fields, region), wanted)
         return reply(request, metrics, lambda timing: answers.search_json(answer, timing), answer.timing)

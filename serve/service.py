@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from audiomae.errors import FilterError
 from serve import audio
-from serve.answers import collapse, merge_windows, rankings
+from serve.answers import collapse, merge_windows, rankings, rankings_json
 from serve.arguments import ServeArgs
 from serve.catalogue import Catalogue
 from serve.failures import unknown_id
@@ -41,9 +41,9 @@ HEAVY_HITS = 1_000  # an answer of more hits than this goes the lane of the heav
 
 
 class Searched(NamedTuple):
-    """Hits of each query as JSON-ready dicts, the milliseconds it took, and the shards that did not answer."""
+    """Hits of each query (as in `Answer.results`), the milliseconds it took, and the shards that did not answer."""
 
-    results: list[list[dict[str, Any]]]
+    results: list[Any]
     spent_ms: float
     missing: tuple[str, ...]
 
@@ -74,15 +74,15 @@ class SearchService:
         self.shadow = RecallShadow(args.recall_shadow)
         self._small_ms = 0.0  # what a small search takes, as measured
 
-    async def search_sound(self, sound: Sound, wanted: Wanted, by_window: bool = False) -> Answer:
-        """Hits for a sound: like all of it, or (`by_window`) like any of its windows."""
+    async def search_sound(self, sound: Sound, wanted: Wanted) -> Answer:
+        """Hits for a sound: like all of it, or (`wanted.by_window`) like any of its windows."""
         serving = await self.release.current()
         checked = self._checked(serving, wanted)
         embedded = await self._encoder.embed(serving, sound)
         without = set() if sound.clip is None else {sound.clip}
-        queries = embedded.vectors if by_window else audio.clip_vector(embedded.vectors)[None]
+        queries = embedded.vectors if wanted.by_window else audio.clip_vector(embedded.vectors)[None]
         answer = await self._find(serving, queries, wanted, checked, without, embedded.timing)
-        if by_window:
+        if wanted.by_window:
             answer.results = [merge_windows(answer.results, embedded.spans, wanted.k)]
         return answer
 
@@ -205,13 +205,15 @@ def find(
     without: set[int],
     shadow: RecallShadow,
 ) -> Searched:
-    """What a search of the catalogue gives each query."""
+    """What a search of the catalogue gives each query; as JSON where nothing is to be done with it."""
     began = time.perf_counter()
     by_file = wanted.group == "file"
     extra = len(without) + (wanted.k if wanted.collapse else 0)
     hits = catalogue.search(queries, min(wanted.k + extra, max(1, catalogue.rows)), filter, by_file)
     if filter is None and hits.windows is None and not hits.missing:
         shadow.watch(catalogue.index, queries, hits.scores.shape[1], hits.scores)
+    if not extra and not wanted.by_window:
+        return Searched(rankings_json(hits, by_file, catalogue.calibration), milliseconds(began), hits.missing)
     results = rankings(hits, by_file, catalogue.calibration)
     if without:
         files = {row["uri"] for row in map(catalogue.item, without) if row is not None} if by_file else set()

@@ -3,7 +3,6 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
@@ -29,13 +28,11 @@ class Limits:
     - 408 when the body stands still for `body_patience_s`, or comes more slowly than `min_upload_kib_s` on average;
     - 503 when too many bodies are being held already.
 
-    A body is received before its request takes any place in a queue, so slow clients keep nobody waiting. What would be
-    refused for want of a place is refused before that (`shed(method, path)` raises the problem): under overload most
-    requests end here, and must cost next to nothing. The server drops what still comes of their bodies.
+    A body is received before its request takes any place in a queue, so slow clients keep nobody waiting.
     """
 
-    def __init__(self, app: ASGIApp, args: ServeArgs, shed: Callable[[str, str], None] = lambda *_: None) -> None:
-        self._app, self._args, self._shed = app, args, shed
+    def __init__(self, app: ASGIApp, args: ServeArgs) -> None:
+        self._app, self._args = app, args
         self._max_bytes = int(args.max_upload_mib * 2**20)
         self._max_header_bytes = int(args.max_header_kib * 1024)
         self._budget = max(self._max_bytes * 4, int(BODIES_MIB * 2**20))
@@ -44,11 +41,6 @@ class Limits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
-        try:
-            self._shed(scope["method"], scope["path"])
-        except Problem as problem:
-            await problem.response()(scope, receive, send)
             return
         try:
             self._check_headers(scope)

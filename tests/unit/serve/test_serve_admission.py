@@ -6,12 +6,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
-from serve.admission import PACE, STORM_QUEUE, Lane
+from serve.admission import PACE, STORM_QUEUE, Lane, Recent, Shedding
 from serve.arguments import ServeArgs
 from serve.lanes import BURST, Lanes
 from serve.problems import Problem
-from serve.proxy import PACE_HEADER
+from serve.proxy import PACE_HEADER, PACED_HEADER
 
 
 def lane(**options: Any) -> Lane:
@@ -82,23 +84,21 @@ def test_a_storm_cuts_the_queue_and_its_end_restores_it(monkeypatch: pytest.Monk
     async def scenario() -> None:
         clock = [100.0]
         monkeypatch.setattr("serve.admission.time.monotonic", lambda: clock[0])
-        busy, gate = lane(max_wait_s=0.001, min_queue=8, replicas=2), asyncio.Event()
-        tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(9)]
+        busy, gate = lane(max_wait_s=0.001, min_queue=2 * STORM_QUEUE, replicas=2), asyncio.Event()
+        tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(1 + 2 * STORM_QUEUE)]
         await asyncio.sleep(0)
-        for _ in range(8):  # as many as a burst may have
+        for _ in range(2 * STORM_QUEUE):  # as many as a burst may have
             with pytest.raises(Problem):
                 busy.refuse_early()
-        assert (busy.storm, busy.waiting) == (False, 8)
-        with pytest.raises(Problem) as calm:
-            busy.refuse_early()
-        assert PACE_HEADER not in (calm.value.headers or {})
-        with pytest.raises(Problem) as stormy:
-            busy.refuse_early()
+        assert (busy.storm, busy.waiting) == (False, 2 * STORM_QUEUE)
+        for _ in range(2):
+            with pytest.raises(Problem):
+                busy.refuse_early()
         assert (busy.storm, busy.waiting) == (True, 2)
-        assert (stormy.value.headers or {})[PACE_HEADER] == str(round(1e6 / PACE / 2))  # two replicas, none answered
+        assert busy.pace_us() == round(1e6 / PACE / 2)  # two replicas, none answered
         await asyncio.sleep(0)
         shed = [task.exception() for task in tasks if task.done()]
-        assert len(shed) == 6 and all(isinstance(error, Problem) and error.headers for error in shed)
+        assert len(shed) == 2 * STORM_QUEUE - 2 and all(isinstance(error, Problem) for error in shed)
         assert not tasks[1].done() and not tasks[2].done()  # who came first stays
         clock[0] += 0.9
         with pytest.raises(Problem):
@@ -107,9 +107,9 @@ def test_a_storm_cuts_the_queue_and_its_end_restores_it(monkeypatch: pytest.Monk
         assert busy.storm  # as long as there are refusals
         clock[0] += 0.2
         assert not busy.storm
-        more = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(6)]
+        more = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(2 * STORM_QUEUE - 2)]
         await asyncio.sleep(0)
-        assert busy.waiting == 8
+        assert busy.waiting == 2 * STORM_QUEUE
         gate.set()
         await asyncio.gather(*tasks[:3], *more)
         assert (busy.working, busy.waiting) == (0, 0)
@@ -117,12 +117,74 @@ def test_a_storm_cuts_the_queue_and_its_end_restores_it(monkeypatch: pytest.Monk
     run(scenario)
 
 
+def test_in_a_storm_half_as_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        busy, gate = lane(places=4, min_queue=STORM_QUEUE), asyncio.Event()
+        tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(4)]
+        await asyncio.sleep(0)
+        monkeypatch.setattr(Lane, "storm", True)
+        assert busy.expected_wait_s() > 0
+        last = asyncio.create_task(occupy(busy, 1, asyncio.Event()))
+        await asyncio.sleep(0)
+        for left in (3, 2):
+            tasks.pop().cancel()
+            await asyncio.sleep(0)
+            assert (busy.working, busy.waiting) == (left, 1)
+        tasks.pop().cancel()
+        await asyncio.sleep(0)
+        assert (busy.working, busy.waiting) == (2, 0)
+        for task in (last, *tasks):
+            task.cancel()
+        await asyncio.gather(last, *tasks, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_an_upload_is_refused_before_its_body_and_answers_in_a_storm_say_the_pace() -> None:
+    async def inside(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response("fine")(scope, receive, send)
+
+    async def scenario() -> None:
+        busy, gate, noted = lane(max_wait_s=0.001, min_queue=STORM_QUEUE), asyncio.Event(), []
+        app = Shedding(inside, busy, noted.append)
+
+        async def ask(path: str, *headers: tuple[bytes, bytes]) -> tuple[int, bytes | None]:
+            found: list[tuple[int, bytes | None]] = []
+
+            async def send(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    found.append((message["status"], dict(message["headers"]).get(PACE_HEADER.encode())))
+
+            async def receive() -> Message:
+                raise AssertionError("a body was asked for")
+
+            await app({"type": "http", "method": "POST", "path": path, "headers": headers}, receive, send)
+            return found[0]
+
+        paced, pace = (PACED_HEADER.encode(), b"7"), str(round(1e6 / PACE)).encode()
+        assert [await ask("/search"), await ask("/search", paced), noted] == [(200, None), (200, pace), [7]]
+        assert not busy.storm  # a storm goes on, but does not begin, with what the proxy refuses
+        tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(1 + STORM_QUEUE)]
+        await asyncio.sleep(0)
+        assert {await ask("/embed") for _ in range(1 + STORM_QUEUE)} == {(503, None)}
+        assert (await ask("/search"), await ask("/search/vector")) == ((503, pace), (200, None))
+        end = busy._storm_end
+        with pytest.raises(Problem):
+            busy.refuse_early()
+        busy._refused, busy._storm_end = Recent(), end
+        assert await ask("/search", paced) == (503, pace) and busy._storm_end > end
+        gate.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario)
+
+
 def test_who_is_shed_and_leaves_in_the_same_moment_frees_no_place_it_never_had(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        busy, gate = lane(max_wait_s=0.001, min_queue=4), asyncio.Event()
-        tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(5)]
+        busy, gate = lane(max_wait_s=0.001, min_queue=STORM_QUEUE), asyncio.Event()
+        tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(1 + STORM_QUEUE)]
         await asyncio.sleep(0)
-        for _ in range(6):
+        for _ in range(2 + STORM_QUEUE):
             with pytest.raises(Problem):
                 busy.refuse_early()
         assert (busy.storm, busy.working, busy.waiting) == (True, 1, 1)
@@ -212,5 +274,5 @@ def test_a_burst_is_let_in_and_no_more_than_that() -> None:
     names = ("short", "light", "media")
     assert [asyncio.run(run(name, BURST + BURST // 2)) for name in names] == [BURST] * 3
     places = [Lanes(ServeArgs(index="unused")).all[name].places for name in names]
-    storm = [count + (BURST - count) // STORM_QUEUE for count in places]
+    storm = [count + (BURST - count) // STORM_QUEUE for count in places]  # those at work stay
     assert [asyncio.run(run(name, 10 * BURST)) for name in names] == storm

@@ -7,6 +7,7 @@ import numpy as np
 import orjson
 import pytest
 
+from audiomae.search.hits import Hits, Members
 from serve import answers
 from serve.access import Quota, read_tokens
 from serve.catalogue import spread
@@ -60,6 +61,41 @@ def test_near_duplicates_collapse_into_the_better_hit() -> None:
         [hit(1, 0.9), hit(2, 0.8), hit(3, 0.1)], lambda clips: np.array([vectors[clip] for clip in clips])
     )
     assert [(one["id"], one["duplicates"]) for one in kept] == [(1, 1), (3, 0)]
+
+
+class Table:
+    """An items table of ten rows, two of each file."""
+
+    def rows(self, rows: Any, columns: Any = None) -> list[dict[str, Any]]:
+        all = [
+            {
+                "id": 2**62 + row,
+                "uri": f"{row // 2}.wav",
+                "start_s": row % 2 * 2.0,
+                "end_s": row % 2 * 2.0 + 2,
+                "x": "ё",
+            }
+            for row in np.asarray(rows).tolist()
+        ]
+        return [{name: row[name] for name in columns or row} for row in all]
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+@pytest.mark.parametrize("probability", [None, lambda scores: scores / 2])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_hits_as_json_are_the_same_hits(by_file: bool, probability: Any, grouped: bool) -> None:
+    rows, scores = np.array([[3, 0, -1], [0, 9, 3]]), np.array([[1.0000001, 1e-7, -np.inf], [-0.25, -0.5, -1]])
+    members = [
+        [Members(np.array([3, 2]), np.array([1.0000001, 0.5])), Members(np.array([0]), np.array([1e-7]))],
+        [Members(np.array([row]), np.array([score])) for row, score in zip(rows[1], scores[1], strict=True)],
+    ]
+    hits = Hits(rows, scores.astype(np.float32), rows, Table(), members if grouped else None)  # type: ignore[arg-type]
+    ranked = answers.rankings(hits, by_file, probability)
+    assert [len(ranking) for ranking in ranked] == [2, 3] and ranked[0][0]["score"] == 1.0
+    assert orjson.loads(answers.dumps(answers.rankings_json(hits, by_file, probability))) == ranked
+    empty = np.zeros((1, 0), np.int64)
+    none = Hits(empty, empty.astype(np.float32), empty, Table())  # type: ignore[arg-type]
+    assert orjson.loads(answers.dumps(answers.rankings_json(none, by_file, probability))) == [[]]
 
 
 def form(*parts: tuple[str, bytes]) -> bytes:

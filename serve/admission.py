@@ -27,6 +27,7 @@ from serve.proxy import PACE_HEADER, PACED_HEADER, STORM_S, UPLOAD_PATHS
 
 SMOOTHING = 0.1  # weight of the newest measurement of a unit's seconds
 MAX_RETRY_S = 60
+MAX_DIGITS = 10  # of how many the proxy says that it has refused
 MEMORY_S = 1.0  # how long refusals and answers are remembered
 STORM_PLACES, STORM_QUEUE, STORM_WAIT = 2, 12, 8  # so many times fewer work and wait in a storm, and so much shorter
 PACE = 1.2  # so many requests are let in for each that gets done, so that there may be more
@@ -211,18 +212,19 @@ class Shedding:
     """ASGI middleware: uploads that would find no place are refused before their bodies are read.
 
     Under overload most requests end here, and must cost next to nothing; the server drops what still comes of them. In
-    a storm every answer to an upload says how far apart they may come. `note` is told of those that the proxy refused.
+    a storm every answer to an upload says how far apart they may come. `note` is told of those that the proxy refused,
+    where there is one (`proxied`), as otherwise anybody could say so.
     """
 
-    def __init__(self, app: ASGIApp, lane: Lane, note: Callable[[int], None]) -> None:
-        self._app, self._lane, self._note = app, lane, note
+    def __init__(self, app: ASGIApp, lane: Lane, note: Callable[[int], None], proxied: bool) -> None:
+        self._app, self._lane, self._note, self._proxied = app, lane, note, proxied
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in UPLOAD_PATHS:
             await self._app(scope, receive, send)
             return
-        refused = dict(scope["headers"]).get(PACED_HEADER.encode(), b"")
-        paced = refused.isdigit()
+        refused = dict(scope["headers"]).get(PACED_HEADER.encode(), b"") if self._proxied else b""
+        paced = refused.isdigit() and len(refused) < MAX_DIGITS
         if paced:
             self._note(int(refused))
 

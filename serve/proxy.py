@@ -26,7 +26,7 @@ from typing import Any
 
 from audiomae.cpus import available_cpus
 
-BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+ON, BINARY = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADER_TIMEOUT_S = 10
 CLIENT_TIMEOUT_S = 75  # between two pieces of a request or an answer
 MAX_CONNECTIONS = 5_000
@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
     home.mkdir(mode=0o700, exist_ok=True)
     metrics_port, stats_port = free_ports(2)
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        ON: "1",
         BINARY: str(launcher(home)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
@@ -76,6 +76,11 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(CHECK_TIMEOUT_S),
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(CHECK_TIMEOUT_S),
     }
+
+
+def is_on() -> bool:
+    """Whether HAProxy stands before this process."""
+    return os.environ.get(ON) == "1"
 
 
 def free_ports(count: int) -> list[int]:

@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from serve import access, answers, openapi, problems
+from serve import access, answers, openapi, problems, proxy
 from serve.admission import Shedding
 from serve.item_routes import add_item_routes
 from serve.metrics import ApiMetrics, CountRequests, merge
@@ -56,7 +56,8 @@ def create_app(service: SearchService, metrics: ApiMetrics, backstage: Backstage
     problems.install(app)
     app.add_middleware(access.Tokens)
     app.add_middleware(Limits, args=service.args)
-    app.add_middleware(Shedding, lane=service.lanes.all["short"], note=metrics.refused_by_proxy)
+    short, refused = service.lanes.all["short"], metrics.refused_by_proxy
+    app.add_middleware(Shedding, lane=short, note=refused, proxied=proxy.is_on())
     if service.args.cors:
         app.add_middleware(CORSMiddleware, allow_origins=[service.args.cors], allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(CountRequests, metrics=metrics)

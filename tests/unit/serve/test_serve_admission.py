@@ -146,9 +146,9 @@ def test_an_upload_is_refused_before_its_body_and_answers_in_a_storm_say_the_pac
 
     async def scenario() -> None:
         busy, gate, noted = lane(max_wait_s=0.001, min_queue=STORM_QUEUE), asyncio.Event(), []
-        app = Shedding(inside, busy, noted.append)
+        proxied = Shedding(inside, busy, noted.append, proxied=True)
 
-        async def ask(path: str, *headers: tuple[bytes, bytes]) -> tuple[int, bytes | None]:
+        async def ask(path: str, *headers: tuple[bytes, bytes], app: Shedding = proxied) -> tuple[int, bytes | None]:
             found: list[tuple[int, bytes | None]] = []
 
             async def send(message: Message) -> None:
@@ -163,7 +163,10 @@ def test_an_upload_is_refused_before_its_body_and_answers_in_a_storm_say_the_pac
 
         paced, pace = (PACED_HEADER.encode(), b"7"), str(round(1e6 / PACE)).encode()
         assert [await ask("/search"), await ask("/search", paced), noted] == [(200, None), (200, pace), [7]]
-        assert not busy.storm  # a storm goes on, but does not begin, with what the proxy refuses
+        assert await ask("/search", paced, app=Shedding(inside, busy, noted.append, proxied=False)) == (200, None)
+        for claim in (b"9" * 5000, b"-1", b"x", b""):
+            assert await ask("/search", (PACED_HEADER.encode(), claim)) == (200, None)
+        assert noted == [7] and not busy.storm  # a storm goes on, but does not begin, with what the proxy refuses
         tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(1 + STORM_QUEUE)]
         await asyncio.sleep(0)
         assert {await ask("/embed") for _ in range(1 + STORM_QUEUE)} == {(503, None)}

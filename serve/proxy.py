@@ -1,8 +1,9 @@
 """Ray Serve's HAProxy with our manners: problem JSON for its own errors, patience with limits, private ports private.
 
 In a storm (`serve.admission`) it lets uploads through at the pace at which the service gets them done and refuses the
-others itself, which costs far less than to hand them on. It goes on until none had to be refused for a second, here or
-there; the next one let through says how many were (`PACED_HEADER`), and its answer the pace from then on.
+others itself (`refuse.lua`), which costs far less than to hand them on. It goes on until none had to be refused for a
+second, here or there; the next one let through says how many were (`PACED_HEADER`), and its answer the pace from then
+on.
 
 Serve writes HAProxy's configuration itself and starts the program that `RAY_SERVE_HAPROXY_BINARY_PATH` names. That is
 `launcher`'s script, which runs this module: it adds what the configuration lacks and becomes HAProxy. What it does not
@@ -30,9 +31,10 @@ ON, BINARY = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADER_TIMEOUT_S = 10
 CLIENT_TIMEOUT_S = 75  # between two pieces of a request or an answer
 MAX_CONNECTIONS = 5_000
-BUFFER_BYTES = 32_768  # for headers (the service refuses less than that with 431), and read in vain of what is refused
+BUFFER_BYTES = 32_768  # longest request line and headers; the service refuses less than that with 431
 DRAIN_S = 2
 CHECK_TIMEOUT_S = 60  # a busy machine is slow, not ill
+REFUSE = Path(__file__).with_name("refuse.lua")
 UPLOAD_PATHS = ("/search", "/embed")
 PACE_HEADER = "x-pace-us"  # of an answer: how far apart uploads may come, in microseconds
 PACED_HEADER = "x-paced"  # of a request: so many were refused since the one before it
@@ -111,16 +113,17 @@ def hardened(config: str, error_files: dict[int, Path]) -> str:
     pages = "".join(f"    errorfile {status} {path}\n" for status, path in error_files.items())
     manners = f"defaults\n    timeout http-request {HEADER_TIMEOUT_S}s\n{pages}"
     config = re.sub(r"^defaults\n", lambda _: manners, config, count=1, flags=re.MULTILINE)
+    page = json.dumps(problem(503, "overloaded", "too many uploads are coming in; try again in 1 s"))
+    lua = f"global\n    lua-load-per-thread \"{REFUSE}\" '{page}'\n"
+    config = re.sub(r"^global\n", lambda _: lua, config, count=1, flags=re.MULTILINE)
     return re.sub(r"^frontend http_frontend\n", lambda found: found[0] + pacing(), config, flags=re.MULTILINE)
 
 
 def pacing() -> str:
     """Rules of a frontend: uploads no closer together than the service asks for, from its first refusal on."""
-    page = json.dumps(problem(503, "overloaded", "too many uploads are coming in; try again in 1 s"))
     is_upload, told = f"METH_POST {{ path {' '.join(UPLOAD_PATHS)} }}", f"{{ res.hdr({PACE_HEADER}) -m found }}"
     stormy, early = "{ var(txn.storm_left) -m int gt 0 }", "{ var(txn.too_early) -m int gt 0 }"
     refused = "{ var(proc.refused) -m int gt 0 }"
-    answer = f"status 503 content-type application/problem+json hdr Retry-After 1 string '{page}'"
     on = f"set-var(proc.storm_end) date({round(1e6 * STORM_S)},us)"
     rules = [
         f"http-request del-header {PACED_HEADER}",
@@ -130,7 +133,7 @@ def pacing() -> str:
         f"http-request {on} if {early}",
         f"http-request set-var(proc.refused) var(proc.refused,0),add(1) if {early}",
         f"http-request set-log-level silent if {early}",
-        f"http-request return {answer} if {early}",
+        f"http-request use-service lua.refuse if {early}",
         f"http-request set-var(proc.next) var(proc.pace),add(txn.now) if {stormy}",
         f"http-request set-header {PACED_HEADER} %[var(proc.refused)] if {is_upload} {refused}",
         f"http-request set-var(proc.refused) int(0) if {is_upload}",

@@ -1,4 +1,4 @@
-"""`serve run` as it is started by hand, in a process and a Ray of its own with HAProxy before it: a storm of uploads."""
+"""`serve run` as it is started by hand, with a Ray of its own and HAProxy before it: a storm of uploads."""
 
 import asyncio
 import os

@@ -2,7 +2,9 @@
 
 import http.client
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +38,9 @@ def test_the_proxy_gets_our_manners_and_keeps_what_it_had(tmp_path: Path) -> Non
     assert f"defaults\n    timeout http-request 10s\n    errorfile 503 {tmp_path}/e\n    mode http\n" in found
     assert f"frontend http_frontend\n{proxy.pacing()}    bind 0.0.0.0:8000\n" in found
     assert "/x" not in found
+    assert re.match(
+        r"global\n    lua-load-per-thread \".*/serve/refuse.lua\" '{.*overloaded.*}'\n    maxconn 9\n", found
+    )
     head, _, body = proxy.error_page(503).partition("\r\n\r\n")
     assert "Retry-After: 1" in head and orjson.loads(body)["code"] == "not_ready"
     assert f"Content-Length: {len(body)}" in head
@@ -121,6 +126,22 @@ def test_in_a_storm_uploads_come_at_the_pace_that_the_service_asked_for(stormy: 
     for method, path in (("PUT", "/search"), ("POST", "/search/vector"), ("POST", "/searching")):
         assert ask(stormy, method, path)[2] == b""
     assert len(Stormy.seen) == 8
+
+
+def test_who_sends_all_before_it_reads_gets_the_refusal_and_may_ask_again(stormy: int) -> None:
+    for _ in range(2):
+        ask(stormy, "POST", "/search")
+    whole = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n" + b"x" * 2_000_000
+    chunked = b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunked += (b"40000\r\n" + b"x" * 0x40000 + b"\r\n") * 8 + b"0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", stormy), timeout=60) as client:
+        for request in (whole, chunked, whole):
+            client.sendall(request)
+            reply = http.client.HTTPResponse(client)
+            reply.begin()
+            assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
+            assert orjson.loads(reply.read())["code"] == "overloaded"
+    assert len(Stormy.seen) == 2
 
 
 def test_who_is_let_through_says_how_many_were_refused_and_a_client_cannot(

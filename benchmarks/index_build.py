@@ -22,6 +22,7 @@ mapped lists and the row store. Vectors are those of `_clustered.py`.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -259,9 +260,11 @@ def main() -> None:
         work = arguments.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         result = run(work, arguments)
-    arguments.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     for name, (value, holds) in result["bars"].items():
         print(f"{'holds      ' if holds else 'FALLS SHORT'} {name}: {value:.2f} (bar {BARS[name]})")
+        if math.isinf(value):
+            result["bars"][name] = ("no rival reaches the recall", holds)
+    arguments.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
 def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:

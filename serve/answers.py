@@ -1,7 +1,7 @@
 """Hits as JSON: rows of the items table become the API's objects once, and bytes straight from there."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -50,68 +50,31 @@ def links(clip: int) -> dict[str, str]:
     }
 
 
-def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[list[dict[str, Any]]]:
-    """The hits of each query, best first, without the padding. Rounding can lift a cosine over 1: cut there.
+def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[bytes]:
+    """The hits of each query as JSON, best first, without the padding. Rounding can lift a cosine over 1: cut there.
 
-    An item that many queries find is read once; its hits share what they say of it.
+    An item that many queries find is read and written once, with gaps for what each of its hits adds.
     """
-    found = _Found.of(hits, probability)
+    scores = np.minimum(hits.scores, 1.0)
+    chances = np.full(scores.shape, None) if probability is None else probability(scores)
+    distinct, inverse = np.unique(hits.rows, return_inverse=True)
+    padded = int(len(distinct) > 0 and distinct[0] < 0)
+    one_window = by_file and hits.windows is None  # files of one window each
+    gaps = [_gaps(shown(row), one_window) for row in hits.rows_of(distinct[padded:])]
+    entries: Any = inverse.reshape(hits.rows.shape) - padded
     ranked = []
-    for query, (row, row_scores, row_chances) in enumerate(
-        zip(found.entries, found.scores, found.chances, strict=True)
-    ):
-        ranking = []
-        for number, (entry, score, chance) in enumerate(zip(row, row_scores, row_chances, strict=True)):
-            if entry < 0:
-                break
-            hit = found.items[entry] | {"score": score, "probability": chance, "matches": None, **NO_SPAN}
-            if by_file:
-                hit["matches"] = _matches(hits, query, number, hit)
-            ranking.append(hit)
-        ranked.append(ranking)
-    return ranked
-
-
-def rankings_json(hits: Hits, by_file: bool, probability: Any = None) -> list[orjson.Fragment]:
-    """As `rankings`, each as JSON: what is said of an item is written once too, with gaps for what each hit adds."""
-    found = _Found.of(hits, probability)
-    one_window = by_file and hits.windows is None
-    gaps = [_gaps(item, one_window) for item in found.items]
-    ranked = []
-    for query, (row, row_scores, row_chances) in enumerate(
-        zip(found.entries, found.scores, found.chances, strict=True)
-    ):
-        count = len(row) if row and row[-1] >= 0 else sum(entry >= 0 for entry in row)
-        scores, chances = _each(row_scores), _each(row_chances)
+    for query, row in enumerate(entries.tolist()):
+        count = sum(entry >= 0 for entry in row)
+        written, likely = _each(scores[query].tolist()), _each(chances[query].tolist())
         if one_window:
-            matches = scores
+            matches = written
         elif by_file:
-            matches = [dumps(_matches(hits, query, number, {})) for number in range(count)]
+            matches = [dumps(_matches(hits, query, number)) for number in range(count)]
         else:
             matches = [b"null"] * count
-        values = zip(row[:count], scores, chances, matches, strict=False)
-        ranking = [gaps[entry] % (score, chance, match) for entry, score, chance, match in values]
-        ranked.append(orjson.Fragment(b"[" + b",".join(ranking) + b"]"))
+        values = zip(row[:count], written, likely, matches, strict=False)
+        ranked.append(b"[" + b",".join(gaps[entry] % tuple(added) for entry, *added in values) + b"]")
     return ranked
-
-
-class _Found(NamedTuple):
-    """Hits in plain values: items that any query found, and for each query which of them (-1: none) with what score."""
-
-    items: list[dict[str, Any]]
-    entries: list[list[int]]
-    scores: list[list[float]]
-    chances: list[list[Any]]
-
-    @classmethod
-    def of(cls, hits: Hits, probability: Any) -> "_Found":
-        scores = np.minimum(hits.scores, 1.0)
-        chances = np.full(scores.shape, None) if probability is None else probability(scores)
-        distinct, inverse = np.unique(hits.rows, return_inverse=True)
-        padded = int(len(distinct) > 0 and distinct[0] < 0)
-        items = [shown(row) for row in hits.rows_of(distinct[padded:])]
-        entries: Any = inverse.reshape(hits.rows.shape) - padded
-        return cls(items, entries.tolist(), scores.tolist(), chances.tolist())
 
 
 def _gaps(item: dict[str, Any], one_window: bool) -> bytes:
@@ -238,7 +201,6 @@ def _span(hit: dict[str, Any]) -> dict[str, Any]:
     return {"start_s": hit["start_s"], "end_s": hit["end_s"], "score": hit["score"]}
 
 
-def _matches(hits: Hits, query: int, place: int, hit: dict[str, Any]) -> dict[str, Any]:
-    if hits.windows is None:  # files of one window each
-        return {"windows": 1, "spans": [_span(hit)]}
+def _matches(hits: Hits, query: int, place: int) -> dict[str, Any]:
+    assert hits.windows is not None
     return {"windows": int(hits.windows[query, place]), "spans": join_spans(hits.spans[query][place])}

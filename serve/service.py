@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import orjson
 from ray.serve.handle import DeploymentHandle
 
 from audiomae.errors import FilterError
 from serve import audio
-from serve.answers import collapse, merge_windows, rankings, rankings_json
+from serve.answers import collapse, merge_windows, rankings
 from serve.arguments import ServeArgs
 from serve.catalogue import Catalogue
 from serve.failures import unknown_id
@@ -212,9 +213,10 @@ def find(
     hits = catalogue.search(queries, min(wanted.k + extra, max(1, catalogue.rows)), filter, by_file)
     if filter is None and hits.windows is None and not hits.missing:
         shadow.watch(catalogue.index, queries, hits.scores.shape[1], hits.scores)
+    ranked = rankings(hits, by_file, catalogue.calibration)
     if not extra and not wanted.by_window:
-        return Searched(rankings_json(hits, by_file, catalogue.calibration), milliseconds(began), hits.missing)
-    results = rankings(hits, by_file, catalogue.calibration)
+        return Searched([orjson.Fragment(ranking) for ranking in ranked], milliseconds(began), hits.missing)
+    results = [orjson.loads(ranking) for ranking in ranked]
     if without:
         files = {row["uri"] for row in map(catalogue.item, without) if row is not None} if by_file else set()
         results = [[hit for hit in hits if hit["id"] not in without and hit["uri"] not in files] for hits in results]

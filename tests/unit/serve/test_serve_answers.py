@@ -73,7 +73,7 @@ class Table:
                 "uri": f"{row // 2}.wav",
                 "start_s": row % 2 * 2.0,
                 "end_s": row % 2 * 2.0 + 2,
-                "x": "ё",
+                "x": "ё 100%d",
             }
             for row in np.asarray(rows).tolist()
         ]
@@ -83,19 +83,38 @@ class Table:
 @pytest.mark.parametrize("by_file", [True, False])
 @pytest.mark.parametrize("probability", [None, lambda scores: scores / 2])
 @pytest.mark.parametrize("grouped", [True, False])
-def test_hits_as_json_are_the_same_hits(by_file: bool, probability: Any, grouped: bool) -> None:
+def test_hits_are_written_once_and_say_all_of_them(by_file: bool, probability: Any, grouped: bool) -> None:
     rows, scores = np.array([[3, 0, -1], [0, 9, 3]]), np.array([[1.0000001, 1e-7, -np.inf], [-0.25, -0.5, -1]])
     members = [
-        [Members(np.array([3, 2]), np.array([1.0000001, 0.5])), Members(np.array([0]), np.array([1e-7]))],
+        [Members(np.array([3, 2]), np.array([1.0000001, 0.5])), Members(np.array([0]), np.array([1e-7], np.float32))],
         [Members(np.array([row]), np.array([score])) for row, score in zip(rows[1], scores[1], strict=True)],
     ]
     hits = Hits(rows, scores.astype(np.float32), rows, Table(), members if grouped else None)  # type: ignore[arg-type]
-    ranked = answers.rankings(hits, by_file, probability)
+    ranked = [orjson.loads(ranking) for ranking in answers.rankings(hits, by_file, probability)]
     assert [len(ranking) for ranking in ranked] == [2, 3] and ranked[0][0]["score"] == 1.0
-    assert orjson.loads(answers.dumps(answers.rankings_json(hits, by_file, probability))) == ranked
+
+    def expected(row: int, score: float) -> dict[str, Any]:
+        (item,) = Table().rows([row])
+        spans = [{"start_s": item["start_s"], "end_s": item["end_s"], "score": score}]
+        windows = 1
+        if grouped and (row, score) == (3, 1.0):  # its file's other window, which it touches
+            spans, windows = [{"start_s": 0.0, "end_s": 4.0, "score": 1.0}], 2
+        return answers.shown(item) | {
+            "score": score,
+            "probability": score / 2 if probability else None,
+            "matches": {"windows": windows, "spans": spans} if by_file else None,
+            "query_start_s": None,
+            "query_end_s": None,
+        }
+
+    tiny = float(np.float32(1e-7))
+    assert ranked == [
+        [expected(3, 1.0), expected(0, tiny)],
+        [expected(0, -0.25), expected(9, -0.5), expected(3, -1.0)],
+    ]
     empty = np.zeros((1, 0), np.int64)
     none = Hits(empty, empty.astype(np.float32), empty, Table())  # type: ignore[arg-type]
-    assert orjson.loads(answers.dumps(answers.rankings_json(none, by_file, probability))) == [[]]
+    assert answers.rankings(none, by_file, probability) == [b"[]"]
 
 
 def form(*parts: tuple[str, bytes]) -> bytes:

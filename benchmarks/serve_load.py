@@ -14,7 +14,6 @@ import asyncio
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,10 +29,8 @@ import numpy as np
 import soundfile
 import uvloop
 from _client import Client, Reply, get, post, post_file
+from _service import ROOT, serve_run
 
-from serve.proxy import free_ports
-
-ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "benchmarks" / "serve_load.json"
 CLIENTS = (1, 8, 64)
 RATE = 16_000
@@ -105,14 +102,8 @@ def main() -> None:
         if not args.audio:
             clip.write_bytes(sound(5.0))
         report: dict[str, Any] = {"cpus": os.cpu_count(), "load_before": os.getloadavg()}
-        (port,) = free_ports(1)
-        service = start(index, port)
-        try:
-            with Bare(index, clip) as alone:
-                report |= uvloop.run(measure(port, clip.read_bytes(), args.seconds, alone))
-        finally:
-            os.killpg(service.pid, signal.SIGTERM)
-            service.wait()
+        with serve_run(index) as port, Bare(index, clip) as alone:
+            report |= uvloop.run(measure(port, clip.read_bytes(), args.seconds, alone))
     report["load_after"] = os.getloadavg()
     report["ratios"] = ratios(report)
     Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
@@ -334,24 +325,6 @@ def sound(seconds: float, format: str = "WAV") -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples.astype(np.float32), RATE, format=format)
     return file.getvalue()
-
-
-def start(index: str, port: int, *more: str) -> subprocess.Popen[bytes]:
-    """`serve run`, with `more` arguments, in a session of its own; returns when it is ready."""
-    command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", "serve.app:build"]
-    command += [f"index={index}", f"port={port}", *more]
-    with tempfile.TemporaryFile() as log:
-        service = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        until = time.monotonic() + 300
-        while time.monotonic() < until and service.poll() is None:
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=10).status_code == 200:
-                    return service
-            except httpx.HTTPError:
-                pass
-            time.sleep(1)
-        log.seek(0)
-        raise SystemExit(f"the service did not start:\n{log.read().decode()[-3000:]}")
 
 
 if __name__ == "__main__":

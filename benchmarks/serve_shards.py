@@ -10,7 +10,6 @@ the machine does meets both. Prints p50, p95 and their ratios for one vector, fo
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -23,9 +22,8 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _client import Client, post_file
-from serve_load import ROOT, post_json, sound, start
-
-from serve.proxy import free_ports
+from _service import ROOT, serve_run
+from serve_load import post_json, sound
 
 OUT = ROOT / "docs" / "benchmarks" / "serve_shards.json"
 BAR = 2.0
@@ -42,17 +40,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         index = args.index or make_index(Path(work), args.rows)
-        ports = dict(zip(("undivided", "divided"), free_ports(2), strict=True))
-        services = []
-        try:
-            for name, port in ports.items():
-                shards = args.shards if name == "divided" else 1
-                services.append(start(index, port, f"index_shards={shards}"))
-            report = uvloop.run(measure(ports, args.seconds))
-        finally:
-            for service in services:
-                os.killpg(service.pid, signal.SIGTERM)
-                service.wait()
+        with serve_run(index) as undivided, serve_run(index, f"index_shards={args.shards}") as divided:
+            report = uvloop.run(measure({"undivided": undivided, "divided": divided}, args.seconds))
     report |= {"rows": args.rows, "shards": args.shards, "cpus": os.cpu_count(), "load": os.getloadavg()}
     Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

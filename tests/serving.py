@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from audiomae.search.layout import write_map
 from audiomae.search.segments import IDS_FILE
 from audiomae.search.spec import choose
 from serve.access import ADMIN_VARIABLE
+from serve.proxy import free_ports
 
 RATE = 16_000
 CLASSES = ("chirp", "clicks", "noise", "tone")
@@ -113,9 +113,7 @@ def running_service(index_dir: Path, **args: object) -> Iterator[httpx.Client]:
 
     from serve.app import build
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     given = {"index": str(index_dir), "port": port, "encoder_threads": 1, "request_timeout_s": PATIENCE_S, **args}
     ray_serve.run(build(given), name="search")
     try:

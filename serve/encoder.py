@@ -9,8 +9,9 @@ import asyncio
 import itertools
 import os
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from audiomae.cpus import available_cpus
 from serve.arguments import ServeArgs
 from serve.audio import decode_query
 from serve.queries import EncoderInfo, Region
+from serve.teamwork import Teamwork
 from serve.versions import VersionCache, mismatch
 
 if TYPE_CHECKING:  # torch is loaded where something is encoded: `serve run` only passes these classes on
@@ -52,6 +54,10 @@ class BatchingEncoder:
     other, and turn on the spot while they do: with eight clients two of them answered less than half as many requests
     a second as one did. There is one for every core, at a lower priority than the event loop, which starves otherwise.
 
+    A request that is the only one is decoded and encoded by one thread, `leader`: to hand it on to others and back
+    takes a millisecond or two. It may get the other cores as well (`Teamwork`). No other thread leads a team, as OpenMP
+    lets threads sleep between two steps, and wakes them for each, once a process has teams of more threads than cores.
+
     A request's windows are queued a few at a time: the first few of all requests come before the next of any, so that a
     long one does not hold up those that come after it.
     """
@@ -66,10 +72,14 @@ class BatchingEncoder:
         self._jobs: PriorityQueue[_Job] = PriorityQueue()
         self._arrivals = itertools.count()
         self._idle, self._counting = 0, threading.Lock()
-        torch.set_num_threads(1)  # of each thread that computes from here on
+        torch.set_num_threads(1)  # of threads that are made from here on
         one_by_one = pick_device(args.device).type == "cuda"
-        for _ in range(1 if one_by_one else args.encoder_threads or available_cpus()):
-            threading.Thread(target=self._work, name="encode", daemon=True).start()
+        self._threads = 1 if one_by_one else args.encoder_threads or available_cpus()
+        nice = os.getpriority(os.PRIO_PROCESS, 0) + BEHIND
+        self._teamwork = Teamwork(self._threads)
+        self.leader = ThreadPoolExecutor(1, "leader", initializer=_step_back, initargs=(nice,))
+        for _ in range(self._threads):
+            threading.Thread(target=self._work, args=[nice], name="encode", daemon=True).start()
 
     def load(self, version: str) -> EncoderInfo:
         """Make the encoder of release `version` ready and describe it.
@@ -106,13 +116,26 @@ class BatchingEncoder:
             for done in futures:
                 done.cancel()
 
+    def encode_alone(self, version: str, windows: Sequence[np.ndarray], _timeout_s: float) -> np.ndarray:
+        """As `encode`, in the thread of `leader`, whose request has the cores to itself."""
+        import torch
+
+        encoder, threads, began = self._encoders.get(version), self._teamwork.choose(), time.perf_counter()
+        torch.set_num_threads(threads)  # of this thread
+        try:
+            vectors = encoder.embed(windows, batch_size=min(len(windows), self._args.max_batch_size))
+        finally:
+            torch.set_num_threads(1)  # of threads that are made from here on
+        if self._idle == self._threads:  # else somebody came meanwhile
+            self._teamwork.learn(threads, (time.perf_counter() - began) / len(windows))
+        return vectors
+
     def encode_text(self, version: str, texts: list[str]) -> np.ndarray:
         """Unit vectors float32[T, dim] of texts; only for encoders with a text tower."""
         return self._encoders.get(version).embed_text(texts)
 
-    def _work(self) -> None:
-        with suppress(OSError):  # of this thread alone; as it is where the system has no such thing
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + BEHIND)
+    def _work(self, nice: int) -> None:
+        _step_back(nice)
         while True:
             jobs = self._next_jobs()
             wanted = [job for job in jobs if job.done.set_running_or_notify_cancel()]
@@ -153,6 +176,16 @@ class BatchingEncoder:
         if encoder.fingerprint != release.fingerprint:
             raise mismatch(release, encoder.fingerprint)
         return encoder
+
+
+def _step_back(nice: int) -> None:
+    """What a thread that computes begins with: one thread, and a niceness of its own."""
+    import torch
+
+    torch.get_num_threads()  # a thread takes over what was set last, in whatever thread, when it first asks
+    torch.set_num_threads(1)
+    with suppress(OSError):  # of this thread alone; as it is where the system has no such thing
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 class Encoder:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -36,15 +36,21 @@ class Lanes:
             name: ThreadPoolExecutor(lane.places, thread_name_prefix=name) for name, lane in self.all.items()
         }
 
-    async def run(self, lane: str, cost: float, function: Callable[..., T], *args: Any) -> T:
-        """The result of `function(*args)`, run by a thread of the lane.
+    def is_free(self, lane: str) -> bool:
+        """Whether nobody works in a lane."""
+        return self.all[lane].working == 0
+
+    async def run(
+        self, lane: str, cost: float, function: Callable[..., T], *args: Any, by: Executor | None = None
+    ) -> T:
+        """The result of `function(*args)`, run by a thread of the lane, or of `by`.
 
         Raises:
             Problem: 503 `overloaded` without a place; 504 `timeout`.
         """
         deadline = time.monotonic() + self._timeout_s
         async with self.all[lane].place(cost, deadline):
-            work = asyncio.get_running_loop().run_in_executor(self._threads[lane], function, *args)
+            work = asyncio.get_running_loop().run_in_executor(by or self._threads[lane], function, *args)
             return await bounded(work, deadline - time.monotonic(), lane)
 
     @asynccontextmanager

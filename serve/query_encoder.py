@@ -1,7 +1,10 @@
 """Queries as vectors: decoded and encoded in this process where they are short, else by the deployment `Encoder`."""
 
 import asyncio
+import math
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,8 @@ from serve.schema import Timing
 from serve.serving import Serving
 
 ATTEMPTS = 3
+CALM_S = 0.25  # without two requests at a time
+Encode = Callable[[str, Sequence[np.ndarray], float], np.ndarray]
 
 
 class QueryEncoder:
@@ -37,6 +42,7 @@ class QueryEncoder:
     def __init__(self, args: ServeArgs, remote: DeploymentHandle, lanes: Lanes, local: bool) -> None:
         self._args, self._remote, self._lanes = args, remote, lanes
         self._local = BatchingEncoder(args) if local else None
+        self._crowded_at = -math.inf
 
     def load_here(self, version: str) -> EncoderInfo | None:
         """Make the encoder of a release ready in this process; blocks. None where this process does not encode."""
@@ -75,7 +81,8 @@ class QueryEncoder:
         timing = timing or Timing()
         source, region = await self._source(serving, sound)
         began = time.perf_counter()
-        short = await self._lanes.run("short", 1, self._embed_short, serving, source, region, timing)
+        encode, by = self._way()
+        short = await self._lanes.run("short", 1, self._embed_short, serving, source, region, timing, encode, by=by)
         if isinstance(short, Embedded):
             timing.queue += max(0.0, milliseconds(began) - timing.decode - timing.encode)
             return short
@@ -96,6 +103,16 @@ class QueryEncoder:
         timing.encode += milliseconds(began)
         return Embedded(vectors, spans, timing)
 
+    def _way(self) -> tuple[Encode | None, Executor | None]:
+        """How windows are encoded here (None: elsewhere), and by which thread, while requests come one at a time."""
+        if self._local is None:
+            return None, None
+        if not self._lanes.is_free("short"):
+            self._crowded_at = time.monotonic()
+        elif time.monotonic() - self._crowded_at > CALM_S:
+            return self._local.encode_alone, self._local.leader
+        return self._local.encode, None
+
     async def _source(self, serving: Serving, sound: Sound) -> tuple[Any, Region]:
         if sound.clip is None:
             return sound.data, sound.region
@@ -107,7 +124,7 @@ class QueryEncoder:
         return source, sound.region or Region(row["start_s"], row["end_s"])
 
     def _embed_short(
-        self, serving: Serving, source: Any, region: Region, timing: Timing
+        self, serving: Serving, source: Any, region: Region, timing: Timing, encode: Encode | None
     ) -> Embedded | list[Window] | None:
         """Vectors of a short sound; its windows where another process encodes; `None` for a long one."""
         began = time.perf_counter()
@@ -117,12 +134,12 @@ class QueryEncoder:
             if window.end_s - windows[0].start_s > max(self._args.short_audio_s, serving.window_s):
                 return None
         timing.decode += milliseconds(began)
-        if self._local is None:
+        if encode is None:
             return windows
         began = time.perf_counter()
         samples = [window.samples for window in windows]
         try:
-            vectors = self._local.encode(serving.version, samples, self._args.request_timeout_s)
+            vectors = encode(serving.version, samples, self._args.request_timeout_s)
         except TimeoutError:
             raise timed_out("the encoder", self._args.request_timeout_s) from None
         timing.encode += milliseconds(began)

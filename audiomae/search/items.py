@@ -20,6 +20,7 @@ from audiomae.errors import FilterError
 from audiomae.search import filters
 from audiomae.search.filters import Column
 
+FEW = 32  # rows that are read value by value: Arrow's calls are only worth making for more
 BATCH_ROWS = 65_536
 VALUE, VALID = "value", "valid"
 
@@ -97,9 +98,10 @@ class Items:
         self._directory = directory
         self._source = pa.memory_map(str(directory / "items.arrow"))
         self.table: pa.Table = pa.ipc.open_file(self._source).read_all()
-        self._chunks = {name: self.table.column(name).chunks for name in self.table.column_names}
+        self._batches = self.table.to_batches()
+        self._columns = [dict(zip(batch.schema.names, batch.columns, strict=True)) for batch in self._batches]
         self._encoded: dict[str, Column] = {}
-        self._batch_rows = len(self.table.column(0).chunk(0)) if len(self) else BATCH_ROWS  # all but the last
+        self._batch_rows = len(self._batches[0]) if len(self) else BATCH_ROWS  # all but the last
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -107,19 +109,27 @@ class Items:
     def rows(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The rows with these numbers, in the order asked for, as plain dicts of all (or these) columns."""
         wanted = np.asarray(rows, np.int64)
+        if len(wanted) <= FEW:
+            return [self._row(row, columns) for row in wanted.tolist()]
         order = np.argsort(wanted, kind="stable")
         batches, places = np.divmod(wanted[order], self._batch_rows)
         edges = np.flatnonzero(np.diff(batches, prepend=-1))
-        names = self._chunks if columns is None else [name for name in columns if name in self._chunks]
-        wanted_columns = {name: self._chunks[name] for name in names}
-        values: dict[str, list[Any]] = {name: [] for name in wanted_columns}
+        found: list[dict[str, Any]] = []
         for start, stop in zip(edges, [*edges[1:], len(order)], strict=False):
-            take = pa.array(places[start:stop])  # batch by batch: a take over many chunks copies all of them first
-            for name, chunks in wanted_columns.items():
-                values[name] += chunks[batches[start]].take(take).to_pylist()
+            batch = self._batches[batches[start]]  # one by one: a take over many copies all of them first
+            if columns is not None:
+                batch = batch.select([name for name in columns if name in batch.schema.names])
+            found += batch.take(pa.array(places[start:stop])).to_pylist()
         ranks = np.empty(len(order), np.int64)
         ranks[order] = np.arange(len(order))
-        return [{name: column[rank] for name, column in values.items()} for rank in ranks]
+        return [found[rank] for rank in ranks]
+
+    def _row(self, row: int, columns: Sequence[str] | None) -> dict[str, Any]:
+        batch, place = divmod(row, self._batch_rows)
+        known = self._columns[batch]
+        if columns is None:
+            return {name: column[place].as_py() for name, column in known.items()}
+        return {name: known[name][place].as_py() for name in columns if name in known}
 
     def column(self, name: str) -> Column:
         """A column, ready to be compared: as it was written, or made when it is first asked for."""

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from audiomae.errors import IntegrityError
 
 VECTORS_FILE = "vectors.faiss"
+WORTH_A_TEAM = 500_000  # multiplications of a search: to wake other threads takes as long as these
 FEW_ROWS = 1_024  # gathered into memory that is kept for the next
 _READ_LOCK = threading.Lock()
 Ranked = tuple[np.ndarray, np.ndarray]  # scores float32[Q, k] and rows int64[Q, k]
@@ -107,7 +108,8 @@ class RowStore:
     def search(self, queries: np.ndarray, k: int, between: tuple[int, int] | None = None) -> Ranked:
         """The k best of all rows, or of those `between`, exactly: float32[Q, k] and int64[Q, k], -1 padded."""
         params = None if between is None else faiss.SearchParameters(sel=faiss.IDSelectorRange(*between))
-        found: Ranked = self._store.search(queries, k, params=params)
+        with threads(1) if len(queries) * self.num_rows * self.dim < WORTH_A_TEAM else nullcontext():
+            found: Ranked = self._store.search(queries, k, params=params)
         return found
 
     def search_rows(self, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from threadpoolctl import threadpool_info
 
 from serve.arguments import ServeArgs
 from serve.encoder import BEHIND, LONG_BATCH, BatchingEncoder
+from serve.teamwork import Teamwork
 
 
 class Recorder:
@@ -95,6 +98,30 @@ def test_batches_are_encoded_side_by_side(monkeypatch: pytest.MonkeyPatch) -> No
         assert begun.acquire(timeout=60), f"{number} batches are all that is encoded at a time"
     go.set()
     assert [done.result(60)[0, 0] for done in futures] == [0, 1, 2]
+
+
+def test_the_leader_may_have_a_team_and_those_beside_it_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    leading, go = threading.Event(), threading.Event()
+
+    class Counting:
+        """An encoder that gives the threads that torch has for it; the leader's batch waits for `go`."""
+
+        def embed(self, windows: list[np.ndarray], batch_size: int) -> np.ndarray:
+            if windows[0][0] == 0:
+                leading.set()
+                assert go.wait(60)
+            torch.ones(1 << 20).add_(1)  # work enough for several threads: now they are what they are
+            (threads,) = {pool["num_threads"] for pool in threadpool_info() if "torch" in pool["filepath"]}
+            return np.full((len(windows), 1), threads)
+
+    monkeypatch.setattr(BatchingEncoder, "_open", lambda self, version: Counting())
+    monkeypatch.setattr(Teamwork, "choose", lambda self: 2)
+    encoder = BatchingEncoder(ServeArgs(index="unused", device="cpu", encoder_threads=2))
+    led = encoder.leader.submit(encoder.encode_alone, "v1", windows(0), 60)
+    assert leading.wait(60)
+    beside = [encoder.encode("v1", windows(number), 60)[0, 0] for number in (1, 2, 3)]
+    go.set()
+    assert beside == [1, 1, 1] and led.result(60)[0, 0] == 2
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 8])

@@ -53,42 +53,50 @@ def links(clip: int) -> dict[str, str]:
 def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[bytes]:
     """The hits of each query as JSON, best first, without the padding. Rounding can lift a cosine over 1: cut there.
 
-    An item that many queries find is read and written once, with gaps for what each of its hits adds.
+    An item that many queries find is read and written once; what each of its hits adds comes between the pieces.
     """
     scores = np.minimum(hits.scores, 1.0)
     chances = np.full(scores.shape, None) if probability is None else probability(scores)
     distinct, inverse = np.unique(hits.rows, return_inverse=True)
     padded = int(len(distinct) > 0 and distinct[0] < 0)
-    one_window = by_file and hits.windows is None  # files of one window each
-    gaps = [_gaps(shown(row), one_window) for row in hits.rows_of(distinct[padded:])]
+    one_window = by_file and hits.windows is None  # files of one window each, which has the hit's own score
+    items = [_pieces(shown(row), one_window) for row in hits.rows_of(distinct[padded:])]
+    end = (b"}]}," if one_window else b",") + dumps(NO_SPAN)[1:]
+    written, likely = _each(scores), _each(chances)
     entries: Any = inverse.reshape(hits.rows.shape) - padded
+    counts = np.count_nonzero(hits.rows >= 0, axis=1).tolist()
     ranked = []
-    for query, row in enumerate(entries.tolist()):
-        count = sum(entry >= 0 for entry in row)
-        written, likely = _each(scores[query].tolist()), _each(chances[query].tolist())
+    for query, (row, count) in enumerate(zip(entries.tolist(), counts, strict=True)):
         if one_window:
-            matches = written
+            matches = written[query]
         elif by_file:
             matches = [dumps(_matches(hits, query, number)) for number in range(count)]
         else:
             matches = [b"null"] * count
-        values = zip(row[:count], written, likely, matches, strict=False)
-        ranked.append(b"[" + b",".join(gaps[entry] % tuple(added) for entry, *added in values) + b"]")
+        pieces = [b"["]
+        for entry, score, chance, match in zip(row[:count], written[query], likely[query], matches, strict=False):
+            item, before = items[entry]
+            pieces += (item, score, b',"probability":', chance, before, match, end, b",")
+        pieces[max(1, len(pieces) - 1) :] = [b"]"]  # in place of the last comma
+        ranked.append(b"".join(pieces))
     return ranked
 
 
-def _gaps(item: dict[str, Any], one_window: bool) -> bytes:
-    """A hit of an item as JSON, with `%b` for its score, its probability and its matches (or their score)."""
-    head = dumps(item)[:-1].replace(b"%", b"%%")
-    matches = b"%b"
+def _pieces(item: dict[str, Any], one_window: bool) -> tuple[bytes, bytes]:
+    """A hit of an item as JSON: what stands before its score, and between its probability and its matches.
+
+    With `one_window` the matches are there but for the score of that window.
+    """
+    matches = b',"matches":'
     if one_window:
-        matches = b'{"windows":1,"spans":[' + dumps(_span(item | {"score": 0}))[:-2] + b"%b}]}"
-    return head + b',"score":%b,"probability":%b,"matches":' + matches + b"," + dumps(NO_SPAN)[1:]
+        matches += b'{"windows":1,"spans":[' + dumps(_span(item | {"score": 0}))[:-2]
+    return dumps(item)[:-1] + b',"score":', matches
 
 
-def _each(values: list[Any]) -> list[bytes]:
-    """Numbers or None, each as JSON."""
-    return orjson.dumps(values)[1:-1].split(b",")
+def _each(values: np.ndarray) -> list[list[bytes]]:
+    """Numbers (or None) of each query [Q, k], each as JSON."""
+    flat, k = orjson.dumps(values.ravel().tolist())[1:-1].split(b","), values.shape[1]
+    return [flat[start : start + k] for start in range(0, len(flat), max(k, 1))]
 
 
 def merge_windows(ranked: Sequence[list[dict[str, Any]]], spans: Sequence[tuple[float, float]], k: int) -> list[Any]:

@@ -32,7 +32,7 @@ from audiomae.search.layout import MAP_FILE
 from audiomae.search.pieces import Place, checksum_of, receipt_of
 from audiomae.search.plan import BuildPlan, OldRows, Part
 from audiomae.search.spec import BuildOptions, IndexSpec
-from audiomae.search.tuning import Recall, Task
+from audiomae.search.tuning import NEIGHBOURS_FILE, Neighbours, Queries, Recall, Task
 
 SMALL_CHANGE = 0.05  # share of new rows up to which the settings in force are checked rather than tuned again
 QUICK_QUERIES = 100
@@ -117,7 +117,9 @@ class _Build:
         with releases.staging(place.index, work.base) as staging:
             save_encoder(staging / "encoder")  # first, as it is refused when it does not belong to the embeddings
             made = self._make_segments(facts["dim"])
-            spec, measured = self._measure(made)
+            spec, measured, near = self._measure(made)
+            if near is not None:
+                (staging / NEIGHBOURS_FILE).write_bytes(near)
             if self.config.map:
                 (staging / MAP_FILE).write_bytes(self._map(made))
             np.save(staging / DELETED_FILE, work.deleted)
@@ -164,17 +166,21 @@ class _Build:
         self.run("train", build_steps.train, [(work.spec, work.made, place, name, seed)])
         return name
 
-    def _measure(self, made: _Made) -> tuple[IndexSpec, dict[str, Any]]:
-        """Search settings and the recall they reach: tuned, checked after a small change, or those in force."""
+    def _measure(self, made: _Made) -> tuple[IndexSpec, dict[str, Any], bytes | None]:
+        """Search settings and the recall they reach: tuned, checked after a small change, or those in force.
+
+        And the exact answers that the release keeps.
+        """
         work, config, base = self.work, self.config, self.work.base
         total, new = sum(made.rows), sum(plan.num_rows for plan in work.made)
         before = dict(base.info["recall"]) if base else {}
         extends = base is not None and not work.trains and IndexSpec(**base.info["spec"]).factory == work.spec.factory
         reached = extends and before.get("value", 0) >= config.recall
         if base is not None and reached and not work.made and len(work.deleted) <= config.compact_share * total:
-            return IndexSpec(**base.info["spec"]), before | {"measured": before.get("measured", base.version)}
+            before |= {"measured": before.get("measured", base.version)}
+            return IndexSpec(**base.info["spec"]), before, self._in_force(NEIGHBOURS_FILE)
         small = reached and new <= SMALL_CHANGE * total
-        found = self._recall(made, small)
+        found, near = self._recall(made, small)
         if found.value < config.recall:
             raise UserError(
                 f"recall@{found.k} is {found.value:.4f} on {found.queries} held-out queries at best "
@@ -184,11 +190,18 @@ class _Build:
         facts = found.facts() | {"asked": config.recall}
         if small and "filtered" in before:
             facts["filtered"] = before["filtered"]
-        return found.spec, facts
+        return found.spec, facts, near.to_bytes()
 
-    def _recall(self, made: _Made, small: bool) -> Recall:
+    def _recall(self, made: _Made, small: bool) -> tuple[Recall, Neighbours]:
         """Of the settings in force after a small change, when they still reach what is asked; else of tuned ones."""
         work, config, place = self.work, self.config, self.place
+        if small and (kept := self._kept_answers(made)) is not None:
+            task, queries, near = kept
+            (checked,) = self.run(
+                "recall", build_measure.tune, [(task, place, work.deleted, queries, [near.best], None)]
+            )
+            if checked.value >= config.recall:
+                return checked, near
         count = min(QUICK_QUERIES, config.queries) if small else config.queries
         task = made.task(work.spec, count, 0 if small else config.filter_queries, config.seed)
         queries = self.run("queries", build_measure.pick_queries, [(task, place, work.deleted)])[0]
@@ -196,17 +209,43 @@ class _Build:
         answers = tuning.join(self.run("exact answers", build_measure.exact_block, blocks))
         found: Recall
         for target in (None, config.recall) if small else (config.recall,):
-            call = (task, place, work.deleted, queries, answers, target)
+            call = (task, place, work.deleted, queries, answers.best, target)
             (found,) = self.run("recall", build_measure.tune, [call])
             if found.value >= config.recall:
                 break
-        return found
+        return found, answers.near
+
+    def _kept_answers(self, made: _Made) -> tuple[Task, Queries, Neighbours] | None:
+        """Queries with exact answers, of those that the release in force has kept: only new rows are compared.
+
+        None where it has kept none, too few are left, or segments were merged, which compares all of their rows anyway.
+        """
+        work, place = self.work, self.place
+        data = self._in_force(NEIGHBOURS_FILE)
+        if data is None or any(plan.old for plan in work.made):
+            return None
+        task = made.task(work.spec)
+        call = (task, place, work.deleted, Neighbours.from_bytes(data))
+        queries, near = self.run("queries", build_measure.kept_queries, [call])[0]
+        if not near.is_enough:
+            return None
+        fresh = [block for block in tuning.blocks(task) if made.names[block.segment] not in work.kept]
+        if fresh:
+            calls = [(task, place, work.deleted, queries, block) for block in fresh]
+            near = near.with_rows(tuning.join(self.run("exact answers", build_measure.exact_block, calls)).near)
+        return task, queries, near
+
+    def _in_force(self, name: str) -> bytes | None:
+        """A file of the release in force; None where it has no such file."""
+        base = self.work.base
+        if base is None or name not in base.files:
+            return None
+        return receipts.read_file(base.path, name, receipts.Receipt(base.files), releases.FIX)
 
     def _map(self, made: _Made) -> bytes:
         """The map of the release: drawn again for new rows, else that in force without what was deleted."""
-        work, before = self.work, None
-        if work.base is not None and not work.made and MAP_FILE in work.base.files:
-            before = receipts.read_file(work.base.path, MAP_FILE, receipts.Receipt(work.base.files), releases.FIX)
+        work = self.work
+        before = None if work.made else self._in_force(MAP_FILE)
         call = (made.task(work.spec), self.place, work.deleted, before)
         drawn: bytes = self.run("map", build_measure.draw_map, [call])[0]
         return drawn

@@ -17,7 +17,7 @@ from audiomae.search.items import ItemsTable
 from audiomae.search.layout import MAP_FILE, write_map
 from audiomae.search.pieces import Place, each_local, local_copy
 from audiomae.search.searcher import Searcher
-from audiomae.search.tuning import Block, Queries, Recall, Task
+from audiomae.search.tuning import Block, Exact, Neighbours, Queries, Recall, Task
 
 
 def pick_queries(task: Task, place: Place, deleted: np.ndarray) -> Queries:
@@ -26,8 +26,14 @@ def pick_queries(task: Task, place: Place, deleted: np.ndarray) -> Queries:
         return tuning.pick_queries(task, folders, deleted, held_out)
 
 
-def exact_block(task: Task, place: Place, deleted: np.ndarray, queries: Queries, block: Block) -> list[np.ndarray]:
-    """The best scores among some rows, of all queries and filters."""
+def kept_queries(task: Task, place: Place, deleted: np.ndarray, kept: Neighbours) -> tuple[Queries, Neighbours]:
+    """The queries whose exact answers are kept, and what is left of these."""
+    with _release(task, place, (segments.IDS_FILE, ann.VECTORS_FILE)) as (folders, _):
+        return tuning.kept_queries(task, folders, deleted, kept)
+
+
+def exact_block(task: Task, place: Place, deleted: np.ndarray, queries: Queries, block: Block) -> Exact:
+    """Exact answers among some rows, of all queries and filters."""
     name = task.segments[block.segment]
     with local_copy(place.path(name), (segments.IDS_FILE, ann.VECTORS_FILE, ann.ASSIGN_FILE)) as folder:
         return tuning.exact_block(task, folder, deleted, queries, block)

@@ -6,9 +6,11 @@ hit; queries come from the ids that training never sees (`audiomae.search.build_
 
 Filtered search is measured too: filters that leave from half to one in ten thousand rows, drawn at random or along the
 sound (whole neighbourhoods of lists, as a label or a recording site would), each asked for by queries inside and
-outside of what it leaves. Exact answers are found block by block, each on whatever node has time.
+outside of what it leaves. Exact answers are found block by block, each on whatever node has time. A release keeps some
+of them (`Neighbours`), so that after a small change only the new rows are compared.
 """
 
+import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +34,8 @@ EXHAUSTIVE_QUERIES = 20  # asked to see how fast comparing everything would be
 PLATEAU = 5e-4  # recall gained by probing twice as many lists, below which the codes are what is missing
 SELECTIVITIES = (0.5, 0.1, 0.05, 0.02, 0.01, 0.001)
 FILTERED_MEAN, FILTERED_LOW = 0.95, 0.90
+NEIGHBOURS_FILE = "neighbours.npz"
+KEPT_QUERIES, KEPT = 100, 32  # queries whose exact answers a release keeps, and how many of each
 CAUTIONS = (2.0, 3.0, 4.0)  # with less, filters that cut across lists lose what a build does not see
 
 
@@ -76,12 +80,80 @@ class Filter:
 
 @dataclass(frozen=True)
 class Queries:
-    """Rows that are queries: `own` int64[Q], vectors float32[Q, D]; the first `filtered` ask with filters."""
+    """Rows `own` int64[Q] that are queries, their ids, vectors float32[Q, D]; the first `filtered` ask with filters."""
 
     own: np.ndarray
+    ids: np.ndarray
     vectors: np.ndarray
     filters: tuple[Filter, ...] = ()
     filtered: int = 0
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Exact answers: which ids are nearest to some queries, as far down as they are known.
+
+    Attributes:
+        queries: ids int64[Q].
+        ids, scores: int64 and float32[Q, KEPT], best first; -1 and -inf beyond the last that is known.
+    """
+
+    queries: np.ndarray
+    ids: np.ndarray
+    scores: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        """As a file of NumPy's."""
+        file = io.BytesIO()
+        np.savez(file, queries=self.queries, ids=self.ids, scores=self.scores)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Neighbours":
+        """What `to_bytes` gave."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return cls(arrays["queries"], arrays["ids"], arrays["scores"])
+
+    def left(self, present: np.ndarray) -> "Neighbours":
+        """Without ids that are not among `present`."""
+        there = np.isin(self.ids, present)
+        return nearest(self.queries, np.where(there, self.ids, -1), np.where(there, self.scores, -np.inf))
+
+    def with_rows(self, new: "Neighbours") -> "Neighbours":
+        """With the nearest of rows that were not there: down to the last that is known, as others may follow it."""
+        known = np.count_nonzero(self.ids >= 0, axis=1)
+        last = self.scores[np.arange(len(known)), np.maximum(known - 1, 0)]
+        ids, scores = np.concatenate([self.ids, new.ids], axis=1), np.concatenate([self.scores, new.scores], axis=1)
+        beyond = scores < last[:, None]
+        return nearest(self.queries, np.where(beyond, -1, ids), np.where(beyond, -np.inf, scores))
+
+    @property
+    def best(self) -> np.ndarray:
+        """The K best scores float32[Q, K]."""
+        return self.scores[:, :K]
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether half of the queries are left, and K neighbours of each are known."""
+        return 2 * len(self.queries) >= KEPT_QUERIES and bool((self.ids[:, K - 1] >= 0).all())
+
+
+def nearest(queries: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> Neighbours:
+    """The best of some candidates of each query: ids int64[Q, n] with scores float32[Q, n]."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :KEPT]
+    short = ((0, 0), (0, KEPT - order.shape[1]))
+    return Neighbours(
+        queries,
+        np.pad(np.take_along_axis(ids, order, axis=1), short, constant_values=-1),
+        np.pad(np.take_along_axis(scores, order, axis=1), short, constant_values=-np.inf),
+    )
+
+
+class Exact(NamedTuple):
+    """Exact answers: the K best scores of every query [Q, K], then [filtered, K] a filter; and neighbours of some."""
+
+    best: list[np.ndarray]
+    near: Neighbours
 
 
 @dataclass(frozen=True)
@@ -130,13 +202,39 @@ def pick_queries(
     live = np.ones(len(ids), bool)
     live[deleted] = False
     own = choose_queries(live, held_out(ids), task.count, task.seed)
-    vectors = []
-    for folder, start, stop in zip(folders, task.starts[:-1], task.starts[1:], strict=True):
-        mine = own[(own >= start) & (own < stop)] - start
-        vectors.append(ann.RowStore(folder / ann.VECTORS_FILE).vectors(mine))
     filters = _filters(task, folders, live) if task.spec.kind == "ivf" and task.filtered else ()
     order = np.random.default_rng(task.seed).permutation(len(own))  # so that the first ones are from everywhere
-    return Queries(own[order], np.concatenate(vectors)[order], filters, min(task.filtered, len(own)))
+    own = own[order]
+    return Queries(own, ids[own], _vectors(task, folders, own), filters, min(task.filtered, len(own)))
+
+
+def kept_queries(
+    task: Task, folders: Sequence[Path], deleted: np.ndarray, kept: Neighbours
+) -> tuple[Queries, Neighbours]:
+    """The queries whose answers a release has kept, as rows of its successor, and what is left of these answers.
+
+    Those that are gone are left out of both.
+    """
+    ids = np.concatenate([np.load(folder / IDS_FILE, mmap_mode="r") for folder in folders])
+    wanted = np.union1d(kept.queries, kept.ids)
+    rows = np.flatnonzero(wanted[np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)] == ids)
+    rows = np.setdiff1d(rows, deleted)
+    rows = rows[np.argsort(ids[rows], kind="stable")]
+    places = np.minimum(np.searchsorted(ids[rows], kept.queries), max(0, len(rows) - 1))
+    there = np.flatnonzero(ids[rows[places]] == kept.queries) if len(rows) else np.zeros(0, np.int64)
+    own = rows[places[there]] if len(rows) else np.zeros(0, np.int64)
+    left = Neighbours(kept.queries[there], kept.ids[there], kept.scores[there]).left(ids[rows])
+    return Queries(own, ids[own], _vectors(task, folders, own)), left
+
+
+def _vectors(task: Task, folders: Sequence[Path], rows: np.ndarray) -> np.ndarray:
+    """Stored vectors float32[n, D] of some rows of the release."""
+    stores = [ann.RowStore(folder / ann.VECTORS_FILE) for folder in folders]
+    found = np.empty((len(rows), stores[0].dim), np.float32)
+    for store, start, stop in zip(stores, task.starts[:-1], task.starts[1:], strict=True):
+        mine = np.flatnonzero((rows >= start) & (rows < stop))
+        found[mine] = store.vectors(rows[mine] - start)
+    return found
 
 
 def choose_queries(live: np.ndarray, held_out: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -167,14 +265,16 @@ def _filters(task: Task, folders: Sequence[Path], live: np.ndarray) -> tuple[Fil
     return tuple(found)
 
 
-def exact_block(task: Task, folder: Path, deleted: np.ndarray, queries: Queries, block: Block) -> list[np.ndarray]:
-    """The K best scores of every query among the rows of a block: float32[Q, K], then [filtered, K] a filter."""
+def exact_block(task: Task, folder: Path, deleted: np.ndarray, queries: Queries, block: Block) -> Exact:
+    """Exact answers among the rows of a block."""
     start = int(task.starts[block.segment])
     rows = ann.RowStore(folder / ann.VECTORS_FILE).rows
     ids = np.load(folder / IDS_FILE, mmap_mode="r")
     assigned = np.load(folder / ann.ASSIGN_FILE, mmap_mode="r") if task.spec.kind == "ivf" else None
     shapes = [len(queries.own), *([queries.filtered] * len(queries.filters))]
     best = [np.full((count, K), -np.inf, np.float32) for count in shapes]
+    asked = queries.ids[:KEPT_QUERIES]
+    near = nearest(asked, np.zeros((len(asked), 0), np.int64), np.zeros((len(asked), 0), np.float32))
     for low in range(block.start, block.stop, STEP_ROWS):
         high = min(low + STEP_ROWS, block.stop)
         scores = queries.vectors @ widened(rows[low:high]).T
@@ -183,10 +283,28 @@ def exact_block(task: Task, folder: Path, deleted: np.ndarray, queries: Queries,
         inside = np.flatnonzero((queries.own >= start + low) & (queries.own < start + high))
         scores[inside, queries.own[inside] - start - low] = -np.inf
         best[0] = _best(best[0], scores)
+        near = merged([near, _near(asked, ids[low:high], scores[: len(asked)])])
         for number, filter in enumerate(queries.filters, start=1):
             mask = filter.mask(ids[low:high], None if assigned is None else assigned[low:high])
             best[number] = _best(best[number], scores[: queries.filtered, mask])
-    return best
+    return Exact(best, near)
+
+
+def _near(queries: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> Neighbours:
+    if scores.shape[1] > KEPT:
+        places = np.argpartition(scores, scores.shape[1] - KEPT, axis=1)[:, -KEPT:]
+        places.sort(axis=1)  # of equal scores the one that comes first, wherever a block ends
+        scores = np.take_along_axis(scores, places, axis=1)
+        found = ids[places]
+    else:
+        found = np.broadcast_to(ids, scores.shape)
+    return nearest(queries, np.where(np.isfinite(scores), found, -1), scores)
+
+
+def merged(parts: Sequence[Neighbours]) -> Neighbours:
+    """The nearest of all rows, from those of each part."""
+    ids, scores = (np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("ids", "scores"))
+    return nearest(parts[0].queries, ids, scores)
 
 
 def _best(before: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -194,9 +312,11 @@ def _best(before: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.partition(joined, joined.shape[1] - K, axis=1)[:, -K:]
 
 
-def join(found: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """The K best scores of all blocks, descending."""
-    return [-np.sort(-np.concatenate(parts, axis=1), axis=1)[:, :K] for parts in zip(*found, strict=True)]
+def join(found: Sequence[Exact]) -> Exact:
+    """Exact answers among the rows of all blocks; the best scores descending."""
+    parts = zip(*(block.best for block in found), strict=True)
+    best = [-np.sort(-np.concatenate(part, axis=1), axis=1)[:, :K] for part in parts]
+    return Exact(best, merged([block.near for block in found]))
 
 
 def tune(

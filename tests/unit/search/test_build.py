@@ -15,7 +15,7 @@ from audiomae.artifacts import releases as release
 from audiomae.artifacts.receipts import FileEntry
 from audiomae.corpus.manifest import clip_id
 from audiomae.errors import IntegrityError, ReleaseConflictError
-from audiomae.search import build, build_steps, pieces, segments
+from audiomae.search import build, build_measure, build_steps, pieces, segments, tuning
 from audiomae.search import index as ann
 from audiomae.search.audio_index import AudioIndex
 from audiomae.search.build_plan import make_plan
@@ -161,6 +161,47 @@ def sizes(made: release.Release | None) -> list[int]:
     return [segment["rows"] for segment in made.info["segments"]]
 
 
+def steps_of(index_dir: Path, sets: Sequence[Any], delete: Sequence[int] = ()) -> list[str]:
+    """The steps that an update takes; it must leave the recall of exact answers that a look at all rows finds."""
+    config = BuildOptions(recall=0.5, queries=200, filter_queries=0, map=False, **IVF)  # type: ignore[arg-type]
+    found = make_plan(sets, release.resolve_or_none(index_dir), Request(delete=np.array(sorted(delete))), config)
+    assert found is not None
+    steps: list[str] = []
+
+    def runner(label: str, step: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        steps.extend([label] * len(calls))
+        if label == "recall" and len(calls[0][4]) == 1:  # the exact answers, by which it is judged
+            task, place, deleted, queries, (answers, *_), _ = calls[0]
+            blocks = [(task, place, deleted, queries, block) for block in tuning.blocks(task)]
+            whole = tuning.join([build_measure.exact_block(*block) for block in blocks])
+            np.testing.assert_allclose(answers, whole.best[0], atol=1e-6)
+        return build.run_here(label, step, calls)
+
+    def save_encoder(target: Path) -> None:
+        storage.write_json(target / "config.json", {"fingerprint": "f" * 64})
+
+    build.run_build(found, str(index_dir), config, runner, save_encoder, {"fingerprint": "f" * 64, "dim": DIM})
+    return steps
+
+
+def test_an_update_compares_new_rows_alone_with_the_exact_answers_that_the_release_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "BLOCK_ROWS", 256)
+    index_dir = tmp_path / "index"
+    assert steps_of(index_dir, [make_set(tmp_path / "a", VECTORS)]).count("exact answers") == 8
+    more = [
+        make_set(tmp_path / name, clusters(40, DIM, seed=n), names=uris(40, name)) for n, name in enumerate("bcd", 1)
+    ]
+    assert steps_of(index_dir, more[:1]).count("exact answers") == 1
+    assert steps_of(index_dir, more[1:2], delete=ids(uris(60))).count("exact answers") == 1  # neighbours among them
+    kept = release.resolve(index_dir).path / tuning.NEIGHBOURS_FILE
+    near = tuning.Neighbours.from_bytes(kept.read_bytes())
+    assert not np.isin(near.ids, ids(uris(60))).any() and np.isin(ids(uris(40, "c")), near.ids).any()
+    gone = near.ids[:1, :30].ravel()  # a query loses all but two of the neighbours that are known
+    assert steps_of(index_dir, more[2:], delete=gone.tolist()).count("exact answers") == 11
+
+
 @pytest.mark.parametrize("kind", [{}, IVF], ids=["flat", "ivf"])
 def test_a_change_writes_what_changed_and_no_more(tmp_path: Path, kind: dict[str, Any]) -> None:
     index_dir = tmp_path / "index"
@@ -173,7 +214,7 @@ def test_a_change_writes_what_changed_and_no_more(tmp_path: Path, kind: dict[str
     after = stamps(index_dir / "segments")
     assert {name: after[name] for name in before} == before
     own = sum(path.stat().st_size for path in (index_dir / third.version).rglob("*") if path.is_file())
-    assert own < 8000
+    assert own < 16_000  # half of it the exact answers that it keeps
     assert found(index_dir) == set(uris(ROWS)[10:]) | set(uris(40, "b"))
     assert AudioIndex.open(index_dir).search(clusters(40, DIM, seed=1)[3], k=1).items[0][0]["uri"] == "b000003.wav"
 

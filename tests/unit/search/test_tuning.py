@@ -43,12 +43,12 @@ class Built:
         self.task = Task(("0", "1")[: len(pieces)], tuple(map(len, pieces)), "", spec, count, filtered, 0)
 
     def tune(self, target: float, deleted: np.ndarray) -> tuple[tuning.Recall, Queries, list[np.ndarray]]:
-        queries, answers = self.ask(deleted)
+        queries, (answers, _) = self.ask(deleted)
         found_by = searcher.Searcher.open(self.folders, self.trained, self.task.spec)
         found = tuning.tune(found_by, self.task.spec, deleted, queries, answers, target)
         return found, queries, answers
 
-    def ask(self, deleted: np.ndarray) -> tuple[Queries, list[np.ndarray]]:
+    def ask(self, deleted: np.ndarray) -> tuple[Queries, tuning.Exact]:
         queries = tuning.pick_queries(self.task, self.folders, deleted, lambda ids: ids % 2 == 0)
         blocks = tuning.blocks(self.task)
         found = [
@@ -73,13 +73,16 @@ def test_answers_of_blocks_are_the_exact_ones(built: Built, monkeypatch: pytest.
     monkeypatch.setattr(tuning, "BLOCK_ROWS", 999)
     monkeypatch.setattr(tuning, "STEP_ROWS", 400)
     deleted = np.arange(0, ROWS, 5)
-    queries, answers = built.ask(deleted)
+    queries, (answers, near) = built.ask(deleted)
     assert not set(queries.own) & set(deleted)
     scores = built.rows[queries.own] @ built.rows.T
     scores[:, deleted] = -np.inf
     scores[np.arange(len(queries.own)), queries.own] = -np.inf
     np.testing.assert_allclose(answers[0], -np.sort(-scores, axis=1)[:, :K], atol=1e-5)
     ids = np.concatenate([np.load(folder / segments.IDS_FILE) for folder in built.folders])
+    nearest = np.argsort(-scores, axis=1, kind="stable")[: tuning.KEPT_QUERIES, : tuning.KEPT]
+    assert (near.queries == ids[queries.own]).all() and (near.ids == ids[nearest]).mean() > 0.99  # but for equal scores
+    np.testing.assert_allclose(near.scores, np.take_along_axis(scores[: len(nearest)], nearest, axis=1), atol=1e-5)
     lists = np.concatenate([np.load(folder / ann.ASSIGN_FILE) for folder in built.folders])
     assert {filter.kind for filter in queries.filters} == {"independent", "correlated"}
     for filter, answer in zip(queries.filters, answers[1:], strict=True):

@@ -260,7 +260,7 @@ class Shards:
         asked: dict[str, Question] = {}
         needed = [True] * len(self._parts)
         if lists is not None and self._has is not None:
-            needed = [bool(has.any()) for has in self._has[:, lists.ravel()]]
+            needed = self._has[:, lists.ravel()].any(axis=1).tolist()
         for (name, parts), is_needed in zip(self._parts.items(), needed, strict=True):
             if not parts or not is_needed or name in self.missing:
                 continue

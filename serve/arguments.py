@@ -24,8 +24,8 @@ class ServeArgs(StrictConfig):
     encoder_threads: int = Field(
         default=0,
         ge=0,
-        description="batches encoded at a time on CPUs, each by one thread (several for a query that is alone); 0 = one for "
-        "every core",
+        description="batches encoded at a time on CPUs, each by one thread (several for a query that is alone); "
+        "0 = one for every core",
     )
     api_replicas: int = Field(default=1, ge=1, description="processes that answer HTTP requests")
     encoder_replicas: int = Field(default=1, ge=1, description="replicas of the encoder for long uploads, or for a GPU")

@@ -258,9 +258,9 @@ class Shards:
 
     def _ask_all(self, question: Question, allowed: Any, lists: np.ndarray | None = None) -> list[Sequence[np.ndarray]]:
         asked: dict[str, Question] = {}
-        needed = np.ones(len(self._parts), bool)
+        needed: np.ndarray = np.ones(len(self._parts), bool)
         if lists is not None and self._has is not None:
-            needed = self._has[:, lists.ravel()].any(axis=1)
+            needed = np.any(self._has[:, lists.ravel()], axis=1)
         for (name, parts), is_needed in zip(self._parts.items(), needed, strict=True):
             if not parts or not is_needed or name in self.missing:
                 continue

@@ -22,8 +22,7 @@ STEPS_PER_CLIP, FREE_CLIPS = 5, 20
 FEWEST_STEPS, MOST_STEPS = 200, 30_000
 LARGE_CLIPS = 20_000  # from here on a GPU is given the official layout
 MOST_HOURS = 1.0  # without a GPU
-# of a batch of 32 windows of 5 s, measured on one core of the slowest machine; for the budget only
-CORE_S_PER_STEP = {LABELLED: 0.35, UNLABELLED: 0.2}
+CORE_S_PER_STEP = 0.2  # of a batch of 32 windows of 5 s, measured on one core; for the budget only
 # A small network's step is a thousand operations of microseconds: two threads took 2.3 times as long as one, and ten
 # times where something else wanted a core. So cores are shared out to processes of one thread once that saves minutes,
 # two hyperthreads counting as one.
@@ -87,9 +86,7 @@ def choose(facts: CorpusFacts, machine: Machine) -> Choice:
         return _large(facts, machine, clips, by_label, why_labels)
     batch = 32 if clips >= 64 else max(4, clips // 2)
     rate = _rate(facts.rates)
-    recipe = LABELLED if by_label else UNLABELLED
-    step_s = CORE_S_PER_STEP[recipe] * max(0.1, batch * window_s / (32 * 5.0))
-    workers, steps, why_steps = _steps(clips, machine, batch, step_s)
+    workers, steps, why_steps = _steps(clips, machine, batch, window_s)
     per_epoch = max(1, int(clips * 0.9) // batch)
     epochs = math.ceil(steps / per_epoch)
     every = max(1, epochs // 4)
@@ -113,7 +110,7 @@ def choose(facts: CorpusFacts, machine: Machine) -> Choice:
         "workers": {"num": workers},
     }
     return Choice(
-        recipe,
+        LABELLED if by_label else UNLABELLED,
         changes,
         [
             f"{facts.files:,} files, about {clips:,} clips of {clip_s:g} s: the small encoder, {why_steps}",
@@ -161,11 +158,12 @@ def _rate(rates: Sequence[int]) -> int:
     return max([rate for rate in RATES if rate <= usual], default=RATES[0])
 
 
-def _steps(clips: int, machine: Machine, batch: int, step_s: float) -> tuple[int, int, str]:
+def _steps(clips: int, machine: Machine, batch: int, window_s: float) -> tuple[int, int, str]:
     """Workers, optimiser steps, and what limits the steps."""
     wanted = int(min(max(STEPS_PER_CLIP * (clips - FREE_CLIPS), FEWEST_STEPS), MOST_STEPS))
     if machine.gpus:
         return machine.gpus, wanted, f"{wanted:,} steps"
+    step_s = CORE_S_PER_STEP * max(0.1, batch * window_s / (32 * 5.0))
     workers = _processes(machine, batch) if wanted * step_s > WORTH_SHARING_S else 1
     affordable = int(MOST_HOURS * 3600 * workers / step_s)
     if wanted <= affordable:

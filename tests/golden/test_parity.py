@@ -1,5 +1,10 @@
-"""Official AudioMAE++ checkpoints load and compute what the official code computed: every tensor to 1e-4."""
+"""Official AudioMAE++ checkpoints load and compute what the official code computed: every tensor to 1e-4.
 
+One of 84,960 log-mel values is so quiet that the official float32 code itself is 1.5e-4 off what double precision
+gives; which rounding comes out there is up to the CPU's FFT. Ours has to be at least as near to the exact value there.
+"""
+
+import copy
 from pathlib import Path
 
 import pytest
@@ -58,6 +63,16 @@ def outputs(encoder, expected) -> dict[str, torch.Tensor]:
         }
 
 
+@pytest.fixture(scope="module")
+def exact(encoder, expected) -> dict[str, torch.Tensor]:
+    """What comes before the network, in double precision."""
+    features = copy.deepcopy(encoder.features).double()
+    with torch.inference_mode():
+        log_mel = features(expected["waveform"].double()).x
+    x = log_mel[:, :, :200]
+    return {"log_mel": log_mel, "x": x, "target": encoder.backbone.patchify(x)}
+
+
 def test_every_golden_tensor_is_covered(outputs, expected):
     assert outputs.keys() == expected.keys()
 
@@ -79,8 +94,15 @@ def test_every_golden_tensor_is_covered(outputs, expected):
         "timestamp_features",
     ],
 )
-def test_tensor_agrees(name, outputs, expected):
-    torch.testing.assert_close(outputs[name].float(), expected[name].float(), rtol=0, atol=TOLERANCE)
+def test_tensor_agrees(name, outputs, expected, exact):
+    ours, official = outputs[name].double(), expected[name].double()
+    if name in exact:
+        error = (official - exact[name]).abs()
+        rounded = error > TOLERANCE
+        assert rounded.sum() <= 1
+        as_good = rounded & ((ours - exact[name]).abs() <= error)
+        ours = torch.where(as_good, official, ours)
+    torch.testing.assert_close(ours, official, rtol=0, atol=TOLERANCE)
 
 
 def test_norm3_instead_of_norm2_is_noticed(encoder, expected):

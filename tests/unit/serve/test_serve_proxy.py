@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -184,3 +185,19 @@ def test_what_looks_out_for_ray_ends_with_it() -> None:
     assert ray.poll() is None
     ray.kill()
     ray.wait()
+
+
+def test_the_proxys_folder_is_short_and_ours_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A long TMPDIR, or a long user name, made socket paths that HAProxy refuses; anybody may write into /tmp."""
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert len(str(proxy.proxy_home() / ("0" * 56) / "metrics.sock")) <= 97
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="a") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        home = proxy.proxy_home()
+        assert home == proxy.proxy_home() and home.parent == Path(short) and home.stat().st_mode & 0o777 == 0o700
+        home.rmdir()
+        home.symlink_to(long)  # as somebody else may have left it
+        other = proxy.proxy_home()
+        assert other.is_dir() and other != home and other.stat().st_mode & 0o777 == 0o700

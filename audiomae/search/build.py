@@ -32,10 +32,9 @@ from audiomae.search.layout import MAP_FILE
 from audiomae.search.pieces import Place, checksum_of, receipt_of
 from audiomae.search.plan import BuildPlan, OldRows, Part
 from audiomae.search.spec import BuildOptions, IndexSpec
-from audiomae.search.tuning import NEIGHBOURS_FILE, Neighbours, Queries, Recall, Task
+from audiomae.search.tuning import KEPT_QUERIES, NEIGHBOURS_FILE, Neighbours, Queries, Recall, Task
 
 SMALL_CHANGE = 0.05  # share of new rows up to which the settings in force are checked rather than tuned again
-QUICK_QUERIES = 100
 
 
 class Runner(Protocol):
@@ -202,7 +201,7 @@ class _Build:
             )
             if checked.value >= config.recall:
                 return checked, near
-        count = min(QUICK_QUERIES, config.queries) if small else config.queries
+        count = min(KEPT_QUERIES, config.queries) if small else config.queries
         task = made.task(work.spec, count, 0 if small else config.filter_queries, config.seed)
         queries = self.run("queries", build_measure.pick_queries, [(task, place, work.deleted)])[0]
         blocks = [(task, place, work.deleted, queries, block) for block in tuning.blocks(task)]

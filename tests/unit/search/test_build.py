@@ -213,8 +213,10 @@ def test_a_change_writes_what_changed_and_no_more(tmp_path: Path, kind: dict[str
     assert third is not None and third.info["rows_deleted"] == 10 and sizes(third) == [ROWS, 40]
     after = stamps(index_dir / "segments")
     assert {name: after[name] for name in before} == before
-    own = sum(path.stat().st_size for path in (index_dir / third.version).rglob("*") if path.is_file())
-    assert own < 16_000  # half of it the exact answers that it keeps
+    own = {path.name: path.stat().st_size for path in (index_dir / third.version).rglob("*") if path.is_file()}
+    queries = len(tuning.Neighbours.from_bytes((third.path / tuning.NEIGHBOURS_FILE).read_bytes()).queries)
+    assert own.pop(tuning.NEIGHBOURS_FILE) < 1_000 + queries * (8 + tuning.KEPT * 12)  # however many rows there are
+    assert sum(own.values()) < 8000
     assert found(index_dir) == set(uris(ROWS)[10:]) | set(uris(40, "b"))
     assert AudioIndex.open(index_dir).search(clusters(40, DIM, seed=1)[3], k=1).items[0][0]["uri"] == "b000003.wav"
 

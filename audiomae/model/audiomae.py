@@ -21,7 +21,8 @@ class EncoderOutput(NamedTuple):
     """What a backbone makes of a batch.
 
     Attributes:
-        tokens: float [B, 1 + N, D], cls first, patches time-major.
+        tokens: float [B, 1 + N, D], cls first, patches time-major; of all L blocks side by side, [B, 1 + N, L * D],
+            where that was asked for.
         token_mask: bool [B, 1 + N], True = real.
         grid: (Nt, Nf) patches of the whole input.
         cls_attention: float [B, N] or None: how much the last block's cls query attends to each patch (mean over heads,
@@ -84,6 +85,11 @@ class AudioMAE(nn.Module):
         """Width of a token."""
         return self.config.embed_dim
 
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return self.config.depth
+
     def grid(self, frames: int) -> tuple[int, int]:
         """(Nt, Nf) patches of a spectrogram of `frames` frames."""
         return int(self.step_counts(torch.tensor(frames))), self.config.grid[1]
@@ -122,6 +128,7 @@ class AudioMAE(nn.Module):
         ids_keep: Tensor | None = None,
         positions: Positions = "extend",
         want_cls_attention: bool = False,
+        every_block: bool = False,
     ) -> EncoderOutput:
         """Tokens of all patches, or of `ids_keep` only.
 
@@ -131,6 +138,7 @@ class AudioMAE(nn.Module):
             ids_keep: int64[B, K] patches to keep (all when None).
             positions: past the model's window, `extend` counts on, `interpolate` squeezes the clip into the window.
             want_cls_attention: also return the last block's attention of cls to patches.
+            every_block: the tokens of all blocks side by side, first to last; only those of the last are normalised.
 
         Padding is never attended to, so a clip's tokens are the same alone and in any batch.
         """
@@ -149,13 +157,18 @@ class AudioMAE(nn.Module):
         else:
             token_mask = F.pad(patch_mask, (1, 0), value=True)
             attn_mask = token_mask[:, None, None]
-        scores = None
+        scores, passed = None, list[Tensor]()
         for block in self.blocks:
             if want_cls_attention and block is self.blocks[-1]:
                 assert isinstance(block, MacaronBlock)
                 scores = block.cls_attention(tokens, token_mask[:, 1:])
             tokens = block(tokens, attn_mask)
-        return EncoderOutput(self.norm(tokens), token_mask, grid, scores, padded=patch_mask is not None)
+            if every_block:
+                passed.append(tokens)
+        tokens = self.norm(tokens)
+        if every_block:
+            tokens = torch.cat([*passed[:-1], tokens], dim=-1)
+        return EncoderOutput(tokens, token_mask, grid, scores, padded=patch_mask is not None)
 
     def patch_mask(self, frame_lengths: Tensor, grid: tuple[int, int]) -> Tensor:
         """bool [B, Nt * Nf]: True for the patches of the time steps that each clip has."""

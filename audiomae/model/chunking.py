@@ -35,6 +35,7 @@ class Backbone(Protocol):
         *,
         positions: Positions = "extend",
         want_cls_attention: bool = False,
+        every_block: bool = False,
     ) -> EncoderOutput: ...
 
 
@@ -46,6 +47,7 @@ def encode_long(  # noqa: PLR0913 (the options of AudioEncoder, passed through)
     official_windows: bool = False,
     official_order: bool = False,
     want_cls_attention: bool = False,
+    every_block: bool = False,
 ) -> EncoderOutput:
     """Tokens of whole clips.
 
@@ -59,16 +61,18 @@ def encode_long(  # noqa: PLR0913 (the options of AudioEncoder, passed through)
         official_windows: fill rests with zeros to the whole window and let them take part in attention.
         official_order: with `official_windows`, read each window's tokens, which are time-major, as if they were
             band-major, as the official code does before it lines up the bands of a time step.
+        every_block: tokens of all blocks side by side.
 
     Returns:
         EncoderOutput with tokens [B, 1 + N, D] over whole clips, time-major.
     """
+    wanted = {"want_cls_attention": want_cls_attention, "every_block": every_block}
     window = backbone.config.img_size[0]
     frames = x.shape[2]
     lengths = torch.full((x.shape[0],), frames) if frame_lengths is None else frame_lengths.to("cpu").clamp(max=frames)
     if long_input != "chunk" or (frames <= window and not official_windows):
         positions: Positions = "interpolate" if long_input == "interpolate" else "extend"
-        return _encode(backbone, x, lengths, positions, want_cls_attention)
+        return _encode(backbone, x, lengths, positions, **wanted)
     whole, rest = lengths // window, lengths % window
     if official_windows:
         whole, rest = -(-lengths // window), torch.zeros_like(lengths)
@@ -77,13 +81,11 @@ def encode_long(  # noqa: PLR0913 (the options of AudioEncoder, passed through)
     if bool(whole.any()):
         used = torch.arange(pieces.shape[1]) < whole[:, None]
         full = pieces.flatten(0, 1) if bool(used.all()) else pieces[used.to(x.device)]
-        outputs += [
-            _encode(backbone, part.unsqueeze(1), None, "extend", want_cls_attention) for part in full.split(MAX_PIECES)
-        ]
+        outputs += [_encode(backbone, part.unsqueeze(1), None, "extend", **wanted) for part in full.split(MAX_PIECES)]
     owners = rest.nonzero().squeeze(1)
     if len(owners):
         tails = pieces[owners.to(x.device), whole[owners].to(x.device), : int(rest.max())].unsqueeze(1)
-        outputs.append(_encode(backbone, tails, rest[owners], "extend", want_cls_attention))
+        outputs.append(_encode(backbone, tails, rest[owners], "extend", **wanted))
     if official_order:
         outputs = [out._replace(tokens=_as_if_band_major(out.tokens, backbone.config.grid)) for out in outputs]
     layout = _Layout(backbone.config.grid, whole, backbone.step_counts(lengths) if official_windows else None)
@@ -160,7 +162,7 @@ class _Layout:
 
 
 def _encode(
-    backbone: Backbone, x: Tensor, lengths: Tensor | None, positions: Positions, want_cls_attention: bool
+    backbone: Backbone, x: Tensor, lengths: Tensor | None, positions: Positions, **wanted: bool
 ) -> EncoderOutput:
     """One backbone call; an attention mask only if some clip has fewer time steps than the batch."""
     if lengths is not None:
@@ -168,4 +170,4 @@ def _encode(
         steps = backbone.step_counts(lengths)
         if bool((steps == steps.max()).all()):
             lengths = None
-    return backbone.encode(x, lengths, positions=positions, want_cls_attention=want_cls_attention)
+    return backbone.encode(x, lengths, positions=positions, **wanted)

@@ -40,6 +40,7 @@ from audiomae.model.encoder_files import (
 )
 from audiomae.model.features import LogMel
 from audiomae.model.pooling import Pooling, PoolingName
+from audiomae.model.statistics import TokenStatistics
 from audiomae.model.text import TextTower
 from audiomae.storage import to_path, write_bytes, write_json
 
@@ -60,10 +61,16 @@ class AudioEncoder(nn.Module):
         self.backbone = _backbone(config.backbone, with_decoder)
         self.pooling = Pooling(config.pooling, self.backbone.dim, config.backbone.grid[1])
         self.projection = _projection(self.pooling.out_dim, config.projection)
+        self.statistics = (
+            TokenStatistics(self.backbone.dim, self.backbone.depth, config.features.out_mels)
+            if config.statistics
+            else None
+        )
         self.centre: Tensor | None
-        self.register_buffer("centre", torch.zeros(self.dim) if config.centred else None)
+        self.register_buffer("centre", torch.zeros(self.width) if config.centred else None)
         self.discriminant: Tensor | None
-        self.register_buffer("discriminant", torch.eye(self.dim, device="cpu") if config.discriminant else None)
+        unfitted = torch.eye(self.width, self.dim, device="cpu") if config.discriminant else None
+        self.register_buffer("discriminant", unfitted)
         self.text_projection = nn.Linear(config.text.dim, self.dim) if config.text else None
         self.precision = "float32"  # of the arithmetic: or bfloat16, by autocast
         self._text_tower: TextTower | None = None
@@ -119,7 +126,8 @@ class AudioEncoder(nn.Module):
             raise ValueError(
                 "with_pooling: the projection was trained on the present pooling; train another one instead"
             )
-        config = self.config.model_copy(update={"pooling": pooling, "centred": False, "discriminant": False})
+        fitted = {"centred": False, "discriminant": False, "statistics": False}
+        config = self.config.model_copy(update={"pooling": pooling, **fitted})
         encoder = AudioEncoder.from_config(config, with_decoder=getattr(self.backbone, "decoder", None) is not None)
         encoder.backbone.load_state_dict(self.backbone.state_dict())
         encoder.precision = self.precision
@@ -199,6 +207,11 @@ class AudioEncoder(nn.Module):
         return self.config.projection.dim if self.config.projection else self.pooling.out_dim
 
     @property
+    def width(self) -> int:
+        """Length of what `describe` gives: `dim`, and the statistics."""
+        return self.dim + (self.statistics.width if self.statistics else 0)
+
+    @property
     def scene_embedding_size(self) -> int:
         """Length of a HEAR scene embedding: pooled tokens, before projection."""
         return self.pooling.out_dim
@@ -231,8 +244,7 @@ class AudioEncoder(nn.Module):
 
     def _stamp(self) -> object:
         """Changes whenever a parameter or what was fitted after training is replaced or written to in place."""
-        fitted = (self.centre, self.discriminant)
-        tensors = [*self.parameters(), *(tensor for tensor in fitted if tensor is not None)]
+        tensors = [*self.parameters(), *self.buffers()]
         return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
     def summary(self) -> dict[str, Any]:
@@ -274,20 +286,47 @@ class AudioEncoder(nn.Module):
     def embed_spectrogram(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
         """As `forward`, from log-mel [B, 1, T, F] as `features` gives it.
 
-        In training mode none of `crops`, `centred` and `discriminant` applies: losses see the plain vectors.
+        In training mode none of `crops`, `centred`, `discriminant` and `statistics` applies: losses see plain vectors.
         """
-        plain = F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
         if self.training:
-            return plain
-        for copy in range(1, self.config.crops):
-            later = _start_later(x, frame_lengths, copy / self.config.crops)
-            plain = plain + F.normalize(self.project(self.pool_spectrogram(later, frame_lengths)), dim=-1)
-        return plain if self.config.crops == 1 and self.centre is None else self.centring(F.normalize(plain, dim=-1))
+            return F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
+        return self.centring(self.describe(x, frame_lengths))
+
+    def describe(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
+        """What is fitted to after training: plain vectors, the statistics beside them, as the mean over the crops.
+
+        Returns:
+            float32 [B, width], unit length.
+        """
+        crops = self.config.crops
+        copies = [_start_later(x, frame_lengths, copy / crops) if copy else x for copy in range(crops)]
+        described = torch.stack([self.describe_crop(copy, frame_lengths) for copy in copies]).sum(0)
+        return described if crops == 1 and self.centre is None else F.normalize(described, dim=-1)
+
+    def describe_crop(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
+        """As `describe`, of the clip as it is."""
+        if self.statistics is None:
+            return F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
+        out = self.token_sequence(x, frame_lengths, every_block=True)
+        token_mask = out.token_mask if out.padded else None
+        plain = self.head(out.tokens[..., -self.backbone.dim :], token_mask, out.cls_attention)
+        beside = self.statistics.scaled(self.statistics(out.tokens, token_mask, x, frame_lengths))
+        return F.normalize(torch.cat([plain, beside], dim=-1), dim=-1)
+
+    def statistics_of(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
+        """The statistics of log-mel [B, 1, T, F] as they are, float32[B, statistics.width]."""
+        assert self.statistics is not None
+        out = self.token_sequence(x, frame_lengths, every_block=True)
+        found: Tensor = self.statistics(out.tokens, out.token_mask if out.padded else None, x, frame_lengths)
+        return found
 
     def centring(self, vectors: Tensor) -> Tensor:
-        """Unit vectors [B, dim] less the mean of the training clips and through the discriminant map, of unit length.
+        """What `describe` gives, [B, width], less the mean of the training clips, through the map, of unit length.
 
-        Without a centre they stay as they are, without a map they are only moved.
+        Without a centre it stays as it is, without a map it is only moved.
+
+        Returns:
+            float32 [B, dim].
         """
         if self.centre is None:
             return vectors
@@ -302,7 +341,9 @@ class AudioEncoder(nn.Module):
         out = self.token_sequence(x, frame_lengths)
         return self.pooling(out.tokens, out.token_mask if out.padded else None, out.cls_attention)
 
-    def token_sequence(self, x: Tensor, frame_lengths: Tensor | None = None) -> EncoderOutput:
+    def token_sequence(
+        self, x: Tensor, frame_lengths: Tensor | None = None, every_block: bool = False
+    ) -> EncoderOutput:
         """Log-mel [B, 1, T, F] -> `EncoderOutput` of whole clips of any length (chunked or as one sequence)."""
         return encode_long(
             self.backbone,
@@ -312,6 +353,7 @@ class AudioEncoder(nn.Module):
             self.config.official_windows,
             self.config.official_windows and self.pooling.name == "freq_concat",
             self.pooling.needs_cls_attention,
+            every_block,
         )
 
     def project(self, pooled: Tensor) -> Tensor:

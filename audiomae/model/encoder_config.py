@@ -231,6 +231,7 @@ class ProjectionConfig(StrictConfig):
 
 # the defaults that fingerprints are told by: those of the first encoders, and of each setting as it was added
 FEATURES_BEFORE = FeatureConfig(range_db=None).model_dump(mode="json")
+LATER = {"centred", "discriminant", "statistics", "crops"}
 BackboneConfig = Annotated[AudioMAEConfig | SpectrogramViTConfig, Field(discriminator="kind")]
 
 
@@ -264,6 +265,11 @@ class EncoderConfig(StrictConfig):
         "those in which the classes do (audiomae.training.discriminant); fitted when the encoder is trained, from the "
         "labels; without any it changes nothing. Needs centred",
     )
+    statistics: bool = Field(
+        False,
+        description="the discriminant map also sees the mean and deviation of the tokens of every block and of the "
+        "log-mel frames, and gives a vector as long as without them; losses do not see them. Needs discriminant",
+    )
     crops: int = Field(
         1,
         ge=1,
@@ -293,6 +299,8 @@ class EncoderConfig(StrictConfig):
             raise ValueError("centred: text vectors would be compared with shifted audio vectors; set it to false")
         if self.discriminant and not self.centred:
             raise ValueError("discriminant: is defined for centred vectors; set centred to true as well")
+        if self.statistics and not self.discriminant:
+            raise ValueError("statistics: the discriminant map takes them in; set discriminant to true as well")
         if self.backbone.kind == "timm" and self.long_input == "extend":
             raise ValueError("long_input=extend: a timm ViT has learned positions; choose chunk or interpolate")
         return self
@@ -300,11 +308,10 @@ class EncoderConfig(StrictConfig):
     def fingerprint_fields(self) -> dict[str, Any]:
         """What enters the fingerprint beside the weights.
 
-        Of the features what differs from `FEATURES_BEFORE`, of `centred`, `discriminant` and `crops` what differs from
-        the defaults: a setting added later leaves the fingerprints of saved encoders, and with them the indexes built
-        on those, as they are.
+        Of the features what differs from `FEATURES_BEFORE`, of `LATER` what differs from the defaults: a setting added
+        later leaves the fingerprints of saved encoders, and with them the indexes built on those, as they are.
         """
-        later = self.model_dump(mode="json", include={"centred", "discriminant", "crops"}, exclude_defaults=True)
+        later = self.model_dump(mode="json", include=LATER, exclude_defaults=True)
         fields = self.model_dump(mode="json", include={"pooling", "projection", "long_input", "official_windows"})
         features = self.features.model_dump(mode="json")
         features = {name: value for name, value in features.items() if value != FEATURES_BEFORE[name]}

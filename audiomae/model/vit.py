@@ -32,6 +32,11 @@ class SpectrogramViT(nn.Module):
         """Width of a token."""
         return self.config.embed_dim
 
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return len(self.vit.blocks)
+
     def step_counts(self, frame_lengths: Tensor) -> Tensor:
         """Time steps of patches that clips of int64[B] frames have; a last partial patch counts."""
         patch = self.config.patch_size[0]
@@ -44,6 +49,7 @@ class SpectrogramViT(nn.Module):
         *,
         positions: Positions = "interpolate",
         want_cls_attention: bool = False,
+        every_block: bool = False,
     ) -> EncoderOutput:
         """As `AudioMAE.encode`: log-mel [B, 1, T, F] -> tokens [B, 1 + N, D]; learned positions cannot `extend`."""
         vit = self.vit
@@ -59,12 +65,16 @@ class SpectrogramViT(nn.Module):
             real = torch.arange(grid[0], device=x.device) < self.step_counts(frame_lengths.to(x.device))[:, None]
             token_mask[:, vit.num_prefix_tokens :] = real.repeat_interleave(grid[1], dim=1)
             attn_mask = token_mask[:, None, None]
-        attention = None
+        attention, passed = None, list[Tensor]()
         for index, block in enumerate(vit.blocks):
             if want_cls_attention and index == len(vit.blocks) - 1:
                 attention = self._cls_attention(block, tokens, token_mask)
             tokens = block(tokens, attn_mask=attn_mask)
+            if every_block:
+                passed.append(tokens)
         tokens = vit.fc_norm(vit.norm(tokens))  # timm gives one of the two to a model, the other is the identity
+        if every_block:
+            tokens = torch.cat([*passed[:-1], tokens], dim=-1)
         return self._output(tokens, token_mask, grid, attention, padded=frame_lengths is not None)
 
     def _output(

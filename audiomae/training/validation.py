@@ -1,11 +1,11 @@
 """How good the embeddings are while training: retrieval by held-out clips, and the collapse gauges."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from audiomae.artifacts.features import FeatureStore
@@ -19,8 +19,14 @@ from audiomae.training.distributed import gather, rank, world_size
 from audiomae.training.recipe import Recipe
 
 BATCH = 32
-FITTED_VIEWS = 3  # augmented windows of each clip to which the discriminant map is fitted, beside the clip itself
 BatchFn = Callable[[Sequence[int]], Tensor]
+
+
+class Gives(NamedTuple):
+    """What is computed of log-mel [B, 1, T, F] with frame lengths int64[B] or None: float32[B, width]."""
+
+    compute: Callable[[Tensor, Tensor | None], Tensor]
+    width: int
 
 
 class Validator:
@@ -64,45 +70,52 @@ class Validator:
         encoder.eval()
         try:
             metrics = self._retrieval(encoder)
-            first, second = (self._embed_windows(encoder, self.queries, view) for view in (0, 1))
+            first, second = (self._embed_windows(encoder, self.queries, view, _vectors(encoder)) for view in (0, 1))
             return metrics | collapse_gauges(first, second)
         finally:
             encoder.train(training)
 
     def _fit(self, encoder: AudioEncoder) -> None:
-        """Set the encoder's centre and discriminant map by the training clips (`max_gallery` of them).
+        """Set the encoder's statistics, centre and discriminant map by the training clips (`max_gallery` of them).
 
-        The map also sees augmented windows of them: training has brought the clips as they are closer together than
+        The map also sees an augmented window of each: training has brought the clips as they are closer together than
         unseen ones of a class will be.
         """
         if encoder.centre is None or not len(self.gallery):
             return
         training = encoder.training
         encoder.eval()
-        encoder.centre.zero_()
+        if encoder.statistics is not None:
+            raw = Gives(encoder.statistics_of, encoder.statistics.width)
+            encoder.statistics.fit(self._embed(encoder, self.gallery, raw))
+        described = Gives(encoder.describe, encoder.width)
+        vectors = self._embed(encoder, self.gallery, described)
         if encoder.discriminant is not None:
-            encoder.discriminant.copy_(torch.eye(encoder.dim))
-        vectors = self._embed(encoder, self.gallery)
-        if encoder.discriminant is not None and self.labelled and self._fits_labels:
-            views = [self._embed_windows(encoder, self.gallery, view) for view in range(FITTED_VIEWS)]
-            rows, labels = torch.cat([vectors, *views]).double(), np.tile(self.labels[self.gallery], 1 + FITTED_VIEWS)
-            encoder.discriminant.copy_(torch.from_numpy(discriminant_map(rows.numpy(), labels)))
+            found = torch.eye(*encoder.discriminant.shape)
+            if self.labelled and self._fits_labels:
+                windows = self._embed_windows(encoder, self.gallery, 0, Gives(encoder.describe_crop, encoder.width))
+                rows, labels = torch.cat([vectors, windows]).double().numpy(), np.tile(self.labels[self.gallery], 2)
+                found = torch.from_numpy(discriminant_map(rows, labels, encoder.dim))
+            encoder.discriminant.copy_(found)
         encoder.centre.copy_(vectors.mean(0))
         encoder.train(training)
 
     def _retrieval(self, encoder: AudioEncoder) -> dict[str, float]:
+        gives = _vectors(encoder)
         if self.labelled:
-            queries, gallery = self._embed(encoder, self.queries), self._embed(encoder, self.gallery)
+            queries, gallery = (self._embed(encoder, clips, gives) for clips in (self.queries, self.gallery))
             query_labels, gallery_labels = self.labels[self.queries], self.labels[self.gallery]
         else:
-            queries, gallery = (self._embed(encoder, self.queries, half) for half in (0, 1))
+            queries, gallery = (self._embed(encoder, self.queries, gives, half) for half in (0, 1))
             query_labels = gallery_labels = self.queries
         sides = (Labelled(queries.numpy(), query_labels), Labelled(gallery.numpy(), gallery_labels))
         scores = summarise(score_queries(*sides, ks=(1,)))
         return {"val_mAP": float(scores["mAP"]), "val_R@1": float(scores["R@1"])}
 
-    def _embed(self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], half: int | None = None) -> Tensor:
-        """Whole clips (or halves of them) -> float32[len(clips), D] on the CPU, in the order given."""
+    def _embed(
+        self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], gives: Gives, half: int | None = None
+    ) -> Tensor:
+        """Of whole clips (or halves of them), float32[len(clips), width] on the CPU, in the order given."""
 
         def batch(rows: Sequence[int]) -> Tensor:
             spans = [_span(int(self.store.frames[row]), half) for row in rows]
@@ -112,12 +125,12 @@ class Validator:
                 self.store.read(row, start, stop - start, frames[index, : stop - start])
             counts = torch.tensor([stop - start for start, stop in spans])
             spectrogram = encoder.features.finish(torch.from_numpy(frames).to(encoder.device).float(), counts)
-            return encoder.embed_spectrogram(*spectrogram)
+            return gives.compute(*spectrogram)
 
-        return self._shared(encoder, clips, batch)
+        return self._shared(encoder.device, clips, batch, gives.width)
 
-    def _embed_windows(self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], view: int) -> Tensor:
-        """One augmented window of each clip, the same ones every time -> float32[len(clips), D]."""
+    def _embed_windows(self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], view: int, gives: Gives) -> Tensor:
+        """Of one augmented window of each clip, the same ones every time, float32[len(clips), width]."""
         length = self.augmentation.source_frames(self.window)
 
         def batch(rows: Sequence[int]) -> Tensor:
@@ -130,25 +143,29 @@ class Validator:
             views = augment(
                 torch.from_numpy(frames).to(encoder.device).float(), self.window, self.augmentation, generator
             )
-            return encoder.embed_spectrogram(encoder.features.finish(views).x)
+            return gives.compute(encoder.features.finish(views).x, None)
 
-        return self._shared(encoder, clips, batch)
+        return self._shared(encoder.device, clips, batch, gives.width)
 
-    def _shared(self, encoder: AudioEncoder, clips: npt.NDArray[np.int64], batch: BatchFn) -> Tensor:
+    def _shared(self, device: torch.device, clips: npt.NDArray[np.int64], batch: BatchFn, width: int) -> Tensor:
         """Each rank embeds its share; everybody gets all rows."""
         share = -(-len(clips) // world_size())
         mine = clips[rank() * share : (rank() + 1) * share]
         mine = mine[np.argsort(self.store.frames[mine], kind="stable")]
-        vectors = torch.zeros(share, encoder.dim, device=encoder.device)
+        vectors = torch.zeros(share, width, device=device)
         order = np.full(share, -1, np.int64)
         order[: len(mine)] = mine
         for start in range(0, len(mine), BATCH):
             rows = [int(row) for row in mine[start : start + BATCH]]
             vectors[start : start + len(rows)] = batch(rows).float()
         every = gather(vectors).cpu()
-        place = gather(torch.from_numpy(order).to(encoder.device)).cpu().numpy()
+        place = gather(torch.from_numpy(order).to(device)).cpu().numpy()
         where = {int(row): index for index, row in enumerate(place) if row >= 0}
-        return F.normalize(every[[where[int(row)] for row in clips]], dim=1)
+        return every[[where[int(row)] for row in clips]]
+
+
+def _vectors(encoder: AudioEncoder) -> Gives:
+    return Gives(encoder.embed_spectrogram, encoder.dim)
 
 
 def _span(frames: int, half: int | None) -> tuple[int, int]:

@@ -47,6 +47,16 @@ def test_few_clips_are_enough_and_nothing_to_learn_from_gives_the_identity() -> 
     assert np.array_equal(discriminant_map(equal, np.repeat([0, 1], 6)), np.eye(DIM, dtype=np.float32))
 
 
+def test_a_map_to_fewer_dimensions_keeps_what_tells_classes_apart() -> None:
+    known, unseen = clips(120, 1), clips(60, 2)
+    noise = [0.05 * np.random.default_rng(seed).standard_normal((count, 40)) for seed, count in ((3, 120), (4, 60))]
+    wide = [(np.hstack([rows, more]), labels) for (rows, labels), more in zip((known, unseen), noise, strict=True)]
+    found = discriminant_map(*wide[0], dim=10)
+    assert found.shape == (DIM + 40, 10)
+    assert mean_ap(*wide, found) > 0.9 > 0.6 > mean_ap(*wide, np.eye(DIM + 40))
+    assert np.array_equal(discriminant_map(wide[0][0], np.zeros(120), dim=10), np.eye(DIM + 40, 10, dtype=np.float32))
+
+
 def test_the_names_of_the_classes_do_not_matter() -> None:
     rows, labels = clips(60, 1)
     np.testing.assert_allclose(discriminant_map(rows, labels), discriminant_map(rows, 7 - labels * 3), atol=1e-6)

@@ -14,7 +14,7 @@ from audiomae.model.encoder import AudioEncoder, EncoderConfig
 from audiomae.model.features import FeatureConfig, LogMel
 from audiomae.training.extract import Extractor, cache_recipe, plain_features
 from audiomae.training.recipe import Recipe
-from audiomae.training.validation import Validator
+from audiomae.training.validation import Validator, _vectors
 
 RATE = 16000
 
@@ -69,7 +69,7 @@ def test_validation_embeds_what_the_encoder_embeds(corpus, tmp_path):
     held_out = np.array([True, False, True])
     validator = Validator(store, held_out, labels, Recipe(), window=200)
     with torch.inference_mode():
-        vectors = validator._embed(encoder, np.array([2, 0, 1])).numpy()
+        vectors = validator._embed(encoder, np.array([2, 0, 1]), _vectors(encoder)).numpy()
     expected = encoder.embed([corpus / uris[row] for row in (2, 0, 1)])
     assert np.sum(vectors * expected, axis=1).min() > 1 - 1e-5
     metrics = validator.run(encoder.train())
@@ -77,12 +77,14 @@ def test_validation_embeds_what_the_encoder_embeds(corpus, tmp_path):
     assert encoder.training and metrics == validator.run(encoder)
 
 
-@pytest.mark.parametrize("supervised", [None, False])
+@pytest.mark.parametrize(("supervised", "statistics"), [(None, False), (None, True), (False, True)])
 def test_the_discriminant_map_is_fitted_to_labels_that_training_learns(
-    corpus: Path, tmp_path: Path, supervised: bool | None
+    corpus: Path, tmp_path: Path, supervised: bool | None, statistics: bool
 ) -> None:
-    backbone = {"size": "debug", "depth": 1}
-    encoder = AudioEncoder.from_config(EncoderConfig(backbone=backbone, centred=True, discriminant=True))
+    config = EncoderConfig(
+        backbone={"size": "debug", "depth": 2}, centred=True, discriminant=True, statistics=statistics, crops=2
+    )
+    encoder = AudioEncoder.from_config(config)
     before = encoder.fingerprint
     uris = [f"{number}.wav" for number in range(3)] * 2
     features.write_shard(str(tmp_path / "cache"), 0, uris, Extractor(str(corpus), encoder.config.features, 10.0))
@@ -92,7 +94,7 @@ def test_the_discriminant_map_is_fitted_to_labels_that_training_learns(
     )
     recipe = Recipe.model_validate({"objective": {"contrastive": 1.0, "views": 2, "supervised": supervised}})
     Validator(store, np.zeros(6, bool), np.array([0, 1, 1, 0, 1, 1]), recipe, window=200).run(encoder)
-    learnt = not torch.equal(encoder.discriminant, torch.eye(encoder.dim))
+    learnt = not torch.equal(encoder.discriminant, torch.eye(encoder.width, encoder.dim))
     assert learnt == (supervised is None) and encoder.fingerprint != before
     encoder.save(tmp_path / "encoder")
     again = AudioEncoder.load(tmp_path / "encoder", device="cpu")

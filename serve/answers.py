@@ -57,13 +57,11 @@ def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[bytes]:
     """
     scores = np.minimum(hits.scores, 1.0)
     chances = np.full(scores.shape, None) if probability is None else probability(scores)
-    distinct, inverse = np.unique(hits.rows, return_inverse=True)
-    padded = int(len(distinct) > 0 and distinct[0] < 0)
+    distinct, entries = _distinct(hits.rows)
     one_window = by_file and hits.windows is None  # files of one window each, which has the hit's own score
-    items = [_pieces(shown(row), one_window) for row in hits.rows_of(distinct[padded:])]
+    items = [_pieces(shown(row), one_window) for row in hits.rows_of(distinct)]
     end = (b"}]}," if one_window else b",") + dumps(NO_SPAN)[1:]
     written, likely = _each(scores), _each(chances)
-    entries: Any = inverse.reshape(hits.rows.shape) - padded
     counts = np.count_nonzero(hits.rows >= 0, axis=1).tolist()
     ranked = []
     for query, (row, count) in enumerate(zip(entries.tolist(), counts, strict=True)):
@@ -80,6 +78,15 @@ def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[bytes]:
         pieces[max(1, len(pieces) - 1) :] = [b"]"]  # in place of the last comma
         ranked.append(b"".join(pieces))
     return ranked
+
+
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of hits int64[Q, k] but once each and without the padding, and where among them each hit's row is."""
+    if len(rows) == 1:  # a query finds a row once
+        return rows[0][rows[0] >= 0], np.arange(rows.shape[1])[None]
+    distinct, inverse = np.unique(rows, return_inverse=True)
+    padded = int(len(distinct) > 0 and distinct[0] < 0)
+    return distinct[padded:], inverse.reshape(rows.shape) - padded
 
 
 def _pieces(item: dict[str, Any], one_window: bool) -> tuple[bytes, bytes]:

@@ -1,5 +1,6 @@
 """Connecting to Ray the same way in every job."""
 
+import atexit
 import importlib
 import logging
 import os
@@ -76,6 +77,7 @@ def _init() -> None:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+    atexit.register(ray.shutdown)  # Ray's own at the exit waits for the output of workers, which goes to files here
 
 
 @contextmanager

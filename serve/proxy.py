@@ -32,9 +32,7 @@ HEADER_TIMEOUT_S = 10
 CLIENT_TIMEOUT_S = 75  # between two pieces of a request or an answer
 MAX_CONNECTIONS = 5_000
 BUFFER_BYTES = 32_768  # longest request line and headers; the service refuses less than that with 431
-LONGEST_HOME = (
-    27  # characters: HAProxy's sockets may have 97, of which Ray's folder for a cluster and their names take 70
-)
+LONGEST_HOME = 27  # characters: HAProxy's sockets may have 97, and 70 are Ray's folder for a cluster and their names
 DRAIN_S = 2
 CHECK_TIMEOUT_S = 60  # a busy machine is slow, not ill
 REFUSE = Path(__file__).with_name("refuse.lua")

@@ -36,6 +36,11 @@ class EncoderOutput(NamedTuple):
     cls_attention: Tensor | None = None
     padded: bool = True
 
+    @property
+    def mask(self) -> Tensor | None:
+        """`token_mask`, or None where every token is real."""
+        return self.token_mask if self.padded else None
+
 
 def _new_token(dim: int) -> nn.Parameter:
     """A learned token float32[1, 1, dim], drawn at random; on the meta device it only has a shape.

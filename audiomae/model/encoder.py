@@ -289,7 +289,7 @@ class AudioEncoder(nn.Module):
         In training mode none of `crops`, `centred`, `discriminant` and `statistics` applies: losses see plain vectors.
         """
         if self.training:
-            return F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
+            return self._plain(x, frame_lengths)
         return self.centring(self.describe(x, frame_lengths))
 
     def describe(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
@@ -306,19 +306,21 @@ class AudioEncoder(nn.Module):
     def describe_crop(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
         """As `describe`, of the clip as it is."""
         if self.statistics is None:
-            return F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
+            return self._plain(x, frame_lengths)
         out = self.token_sequence(x, frame_lengths, every_block=True)
-        token_mask = out.token_mask if out.padded else None
-        plain = self.head(out.tokens[..., -self.backbone.dim :], token_mask, out.cls_attention)
-        beside = self.statistics.scaled(self.statistics(out.tokens, token_mask, x, frame_lengths))
+        plain = self.head(out.tokens[..., -self.backbone.dim :], out.mask, out.cls_attention)
+        beside = self.statistics.scaled(self.statistics(out.tokens, out.mask, x, frame_lengths))
         return F.normalize(torch.cat([plain, beside], dim=-1), dim=-1)
 
     def statistics_of(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
         """The statistics of log-mel [B, 1, T, F] as they are, float32[B, statistics.width]."""
         assert self.statistics is not None
         out = self.token_sequence(x, frame_lengths, every_block=True)
-        found: Tensor = self.statistics(out.tokens, out.token_mask if out.padded else None, x, frame_lengths)
+        found: Tensor = self.statistics(out.tokens, out.mask, x, frame_lengths)
         return found
+
+    def _plain(self, x: Tensor, frame_lengths: Tensor | None) -> Tensor:
+        return F.normalize(self.project(self.pool_spectrogram(x, frame_lengths)), dim=-1)
 
     def centring(self, vectors: Tensor) -> Tensor:
         """What `describe` gives, [B, width], less the mean of the training clips, through the map, of unit length.
@@ -339,7 +341,7 @@ class AudioEncoder(nn.Module):
     def pool_spectrogram(self, x: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
         """Log-mel [B, 1, T, F] -> pooled float32 [B, D_out], before projection and normalisation."""
         out = self.token_sequence(x, frame_lengths)
-        return self.pooling(out.tokens, out.token_mask if out.padded else None, out.cls_attention)
+        return self.pooling(out.tokens, out.mask, out.cls_attention)
 
     def token_sequence(
         self, x: Tensor, frame_lengths: Tensor | None = None, every_block: bool = False

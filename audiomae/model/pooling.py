@@ -60,15 +60,15 @@ class Pooling(nn.Module):
         if self.name == "cls":
             return tokens[:, 0]
         if self.name == "mean":
-            return _mean(patches, patch_mask)
+            return masked_mean(patches, patch_mask)
         if self.name == "mean_cls":
-            return _mean(tokens, token_mask)
+            return masked_mean(tokens, token_mask)
         if self.name == "cls_mean_concat":
-            return torch.cat([tokens[:, 0], _mean(patches, patch_mask)], dim=-1)
+            return torch.cat([tokens[:, 0], masked_mean(patches, patch_mask)], dim=-1)
         if self.name == "max":
             return patches.amax(1) if patch_mask is None else _hide(patches, patch_mask, -math.inf).amax(1)
         if self.name == "freq_concat":
-            return _mean(self.by_time(patches), None if patch_mask is None else patch_mask[:, :: self.bands])
+            return masked_mean(self.by_time(patches), None if patch_mask is None else patch_mask[:, :: self.bands])
         if self.name == "attention":
             return self._learned(tokens, token_mask)
         if cls_attention is None:
@@ -96,7 +96,7 @@ def _hide(tokens: Tensor, mask: Tensor, value: float) -> Tensor:
     return tokens.masked_fill(~mask.unsqueeze(-1), value)
 
 
-def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over dim 1 of [B, N, D], of real tokens only."""
     if mask is None:
         return tokens.mean(1)

@@ -61,6 +61,6 @@ def pooled(
                 reordered,
                 any(pooling.needs_cls_attention for pooling in chosen),
             )
-        mask = out.token_mask if out.padded else None
-        found |= {pooling.name: F.normalize(pooling(out.tokens, mask, out.cls_attention), dim=-1) for pooling in chosen}
+        tokens = (out.tokens, out.mask, out.cls_attention)
+        found |= {pooling.name: F.normalize(pooling(*tokens), dim=-1) for pooling in chosen}
     return {pooling.name: found[pooling.name].float() for pooling in poolings}

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audiomae.model.pooling import masked_mean
+
 MIN_DEVIATION = 1e-6
 
 
@@ -62,10 +64,5 @@ class TokenStatistics(nn.Module):
 
 def _moments(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and deviation over dim 1 of [B, N, D], of what the mask [B, N] leaves."""
-    if mask is None:
-        return values.mean(1), values.std(1, correction=0)
-    real = mask.unsqueeze(-1)
-    count = mask.sum(1, keepdim=True)
-    mean = values.masked_fill(~real, 0.0).sum(1) / count
-    square = (values - mean.unsqueeze(1)).masked_fill(~real, 0.0).square().sum(1) / count
-    return mean, square.sqrt()
+    mean = masked_mean(values, mask)
+    return mean, masked_mean((values - mean.unsqueeze(1)).square(), mask).sqrt()

@@ -5,10 +5,11 @@ how many seconds a unit of cost takes. A request that would wait longer than `ma
 refused at once with 503 and a `Retry-After`: under overload those who are let in keep their latency, and the rest know
 soon. Whoever gives up waiting, or leaves, frees the place.
 
-A burst may wait longer than that, as its clients would only come again. When refusals outnumber answers it is no burst
-but a storm: half as many work at a time and the queue is cut to a twelfth, the last to come first, until nobody has
-been refused for a second. In a storm answers also say (`PACE_HEADER`) how far apart requests may come so that a few
-more are let in than get done; `serve.proxy` keeps to it and refuses the rest before they cost this process anything.
+A burst may wait longer than that, as its clients would only come again. From the first refusal on answers say
+(`PACE_HEADER`) how far apart requests may come so that a few more are let in than get done; `serve.proxy` keeps to it
+and refuses the rest before they cost this process anything. When refusals, the proxy's too, outnumber answers it is no
+burst but a storm: half as many work at a time and the queue is cut to a twelfth, the last to come first, until nobody
+has been refused for a second.
 
 Lanes are of one event loop; nothing here locks. Health, readiness, metrics and administration go through none of them.
 """
@@ -30,7 +31,7 @@ MAX_RETRY_S = 60
 MAX_DIGITS = 10  # of how many the proxy says that it has refused
 MEMORY_S = 1.0  # how long refusals and answers are remembered
 STORM_PLACES, STORM_QUEUE, STORM_WAIT = 2, 12, 8  # so many times fewer work and wait in a storm, and so much shorter
-PACE = 1.2  # so many requests are let in for each that gets done, so that there may be more
+PACE = 1.1  # so many requests are let in for each that gets done, so that there may be more
 
 
 class Recent:
@@ -94,14 +95,14 @@ class Lane:
         """Whether more were refused than answered, and more than a full queue of them; it lasts while refusals do."""
         return time.monotonic() < self._storm_end
 
-    def refuse_early(self, paced: bool = False) -> None:
+    def refuse_early(self, paced: int = 0) -> None:
         """Raise the problem that `place` would, before a body is read for nothing.
 
         Args:
-            paced: the proxy refuses others meanwhile, so that a storm goes on although there are few refusals here.
+            paced: so many others the proxy has refused meanwhile.
         """
-        if paced and self.storm:
-            self._storm_end = time.monotonic() + STORM_S
+        if paced:
+            self._note_refused(paced)
         wait = self.expected_wait_s()
         if self._is_full(wait):
             raise self._refusal(wait)
@@ -142,7 +143,12 @@ class Lane:
         return self.max_wait_s / STORM_WAIT if self.storm else self.max_wait_s
 
     def _refusal(self, wait_s: float) -> Problem:
-        refused = self._refused.count(1)
+        self._note_refused(1)
+        return overloaded(self.name, wait_s)
+
+    def _note_refused(self, count: int) -> None:
+        """Begin a storm, or go on with it, where that is due; who came last then leaves a queue that is too long."""
+        refused = self._refused.count(count)
         if self.storm or refused > max(self.places + self.min_queue, self._answered.count()):
             self._storm_end = time.monotonic() + STORM_S
         while self.waiting > self._may_wait():
@@ -152,12 +158,15 @@ class Lane:
             self._waiting.pop()
             self._queued_cost -= cost
             if not turn.done():
-                turn.set_exception(overloaded(self.name, wait_s))
-        return overloaded(self.name, wait_s)
+                turn.set_exception(overloaded(self.name, self.expected_wait_s()))
 
     def pace_us(self) -> int:
-        """How far apart requests may come so that a few more come than get done, in microseconds."""
-        return round(1e6 * MEMORY_S / (PACE * self._replicas * max(1.0, self._answered.count())))
+        """How far apart requests of cost 1 may come so that a few more come than get done, in microseconds.
+
+        What gets done is what was answered lately, or what the lane does when busy: it may have had nothing to do.
+        """
+        per_s = max(self._answered.count() / MEMORY_S, 1 / self._unit_s)
+        return round(1e6 / (PACE * self._replicas * per_s))
 
     async def _wait(self, cost: float, deadline: float) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -211,9 +220,9 @@ class Lane:
 class Shedding:
     """ASGI middleware: uploads that would find no place are refused before their bodies are read.
 
-    Under overload most requests end here, and must cost next to nothing; the server drops what still comes of them. In
-    a storm every answer to an upload says how far apart they may come. `note` is told of those that the proxy refused,
-    where there is one (`proxied`), as otherwise anybody could say so.
+    Under overload most requests end here, and must cost next to nothing; the server drops what still comes of them. A
+    refusal, and any answer while the proxy refuses or a storm lasts, says how far apart uploads may come. `note` is
+    told of those that the proxy refused, where there is one (`proxied`), as otherwise anybody could say so.
     """
 
     def __init__(self, app: ASGIApp, lane: Lane, note: Callable[[int], None], proxied: bool) -> None:
@@ -224,12 +233,12 @@ class Shedding:
             await self._app(scope, receive, send)
             return
         refused = dict(scope["headers"]).get(PACED_HEADER.encode(), b"") if self._proxied else b""
-        paced = refused.isdigit() and len(refused) < MAX_DIGITS
+        paced = int(refused) if refused.isdigit() and len(refused) < MAX_DIGITS else 0
         if paced:
-            self._note(int(refused))
+            self._note(paced)
 
         async def told(message: Message) -> None:
-            if message["type"] == "http.response.start" and (paced or self._lane.storm):
+            if message["type"] == "http.response.start" and (paced or self._lane.storm or message["status"] == 503):
                 pace = (PACE_HEADER.encode(), str(self._lane.pace_us()).encode())
                 message = {**message, "headers": [*message["headers"], pace]}
             await send(message)

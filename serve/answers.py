@@ -15,6 +15,11 @@ from serve.schema import Timing
 OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 NO_SPAN = {"query_start_s": None, "query_end_s": None}
 NEAR_DUPLICATE = 0.995  # two items whose vectors are this near sound the same
+KEPT_ITEMS = 4_096  # written items of a release that are kept: what is found is found again
+MATCHES = b',"matches":'
+
+Written = dict[int, tuple[bytes, bytes]]
+"""Items of a release as JSON, by row: what stands before a hit's score, and its only window up to that score."""
 
 
 def dumps(value: Any) -> bytes:
@@ -50,16 +55,22 @@ def links(clip: int) -> dict[str, str]:
     }
 
 
-def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[bytes]:
+def rankings(hits: Hits, by_file: bool, probability: Any = None, kept: Written | None = None) -> list[bytes]:
     """The hits of each query as JSON, best first, without the padding. Rounding can lift a cosine over 1: cut there.
 
     An item that many queries find is read and written once; what each of its hits adds comes between the pieces.
+
+    Args:
+        hits: of one search.
+        by_file: whether they are files, else windows.
+        probability: `serve.quality.Calibration`, where there is one.
+        kept: what earlier calls have written of this release; taken from, and added to.
     """
     scores = np.minimum(hits.scores, 1.0)
     chances = np.full(scores.shape, None) if probability is None else probability(scores)
     distinct, entries = _distinct(hits.rows)
     one_window = by_file and hits.windows is None  # files of one window each, which has the hit's own score
-    items = [_pieces(shown(row), one_window) for row in hits.rows_of(distinct)]
+    items = _written(hits, distinct.tolist(), {} if kept is None else kept)
     end = (b"}]}," if one_window else b",") + dumps(NO_SPAN)[1:]
     written, likely = _each(scores), _each(chances)
     counts = np.count_nonzero(hits.rows >= 0, axis=1).tolist()
@@ -73,7 +84,8 @@ def rankings(hits: Hits, by_file: bool, probability: Any = None) -> list[bytes]:
             matches = [b"null"] * count
         pieces = [b"["]
         for entry, score, chance, match in zip(row[:count], written[query], likely[query], matches, strict=False):
-            item, before = items[entry]
+            item, window = items[entry]
+            before = window if one_window else MATCHES
             pieces += (item, score, b',"probability":', chance, before, match, end, b",")
         pieces[max(1, len(pieces) - 1) :] = [b"]"]  # in place of the last comma
         ranked.append(b"".join(pieces))
@@ -89,15 +101,23 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return distinct[padded:], inverse.reshape(rows.shape) - padded
 
 
-def _pieces(item: dict[str, Any], one_window: bool) -> tuple[bytes, bytes]:
-    """A hit of an item as JSON: what stands before its score, and between its probability and its matches.
+def _written(hits: Hits, rows: list[int], kept: Written) -> list[tuple[bytes, bytes]]:
+    """The items of some rows as JSON; those that are not kept are read and written, and kept."""
+    found = {row: kept.get(row) for row in rows}
+    missing = [row for row, pieces in found.items() if pieces is None]
+    if missing:
+        new = {row: _pieces(shown(item)) for row, item in zip(missing, hits.rows_of(missing), strict=True)}
+        if len(kept) + len(new) > KEPT_ITEMS:
+            kept.clear()
+        kept.update(new)
+        found |= new
+    return [found[row] for row in rows]  # type: ignore[misc]
 
-    With `one_window` the matches are there but for the score of that window.
-    """
-    matches = b',"matches":'
-    if one_window:
-        matches += b'{"windows":1,"spans":[' + dumps(_span(item | {"score": 0}))[:-2]
-    return dumps(item)[:-1] + b',"score":', matches
+
+def _pieces(item: dict[str, Any]) -> tuple[bytes, bytes]:
+    """As `Written` has it."""
+    window = b'{"windows":1,"spans":[' + dumps(_span(item | {"score": 0}))[:-2]
+    return dumps(item)[:-1] + b',"score":', MATCHES + window
 
 
 def _each(values: np.ndarray) -> list[list[bytes]]:

@@ -66,6 +66,8 @@ def compose(args: ServeArgs, release: releases.Release) -> serve.Application:
     from serve.encoder import Encoder
 
     version, gpus = release.version, front.encoder_gpus(args)
+    count = args.index_shards or front.shards_needed(release)
+    args = args.model_copy(update={"api_replicas": args.api_replicas or front.api_replicas(count)})
     encoder = (
         deployment(Encoder)
         .options(
@@ -76,7 +78,6 @@ def compose(args: ServeArgs, release: releases.Release) -> serve.Application:
         .bind(args, version)
     )
     shared = SharedVersion(args.index, args.version, version, front.instance())
-    count = args.index_shards or front.shards_needed(release)
     shards = [shard(args, number, count, shared) for number in range(count)] if count > 1 else []
     return (
         deployment(Api)

@@ -24,10 +24,15 @@ class ServeArgs(StrictConfig):
     encoder_threads: int = Field(
         default=0,
         ge=0,
-        description="batches encoded at a time on CPUs, each by one thread (several for a query that is alone); "
-        "0 = one for every core",
+        description="batches encoded at a time by a process on CPUs, each by one thread (several for a query that is "
+        "alone); 0 = one for every core, shared out among the API replicas",
     )
-    api_replicas: int = Field(default=1, ge=1, description="processes that answer HTTP requests")
+    api_replicas: int = Field(
+        default=0,
+        ge=0,
+        description="processes that answer HTTP requests, and encode short queries where there is no GPU; 0: one for "
+        "each core, up to 4, and 1 where the index is divided over other processes",
+    )
     encoder_replicas: int = Field(default=1, ge=1, description="replicas of the encoder for long uploads, or for a GPU")
     index_shards: int = Field(
         default=0,

@@ -43,6 +43,7 @@ class Catalogue:
             self._live = live
         self.sounds, self.hours = _extent(files[self._live], self._column("end_s")[self._live])
         self.one_window_a_file = self.sounds == self.rows
+        self.written: dict[int, tuple[bytes, bytes]] = {}  # items as JSON (`serve.answers`)
         self.calibration: Calibration | None = None
         if self.rows <= CALIBRATED_AT_ONCE and not index.is_divided:
             self._calibrate()

@@ -52,7 +52,8 @@ class BatchingEncoder:
 
     On CPUs several batches are computed side by side, each by one thread. Threads that share a batch wait for each
     other, and turn on the spot while they do: with eight clients two of them answered less than half as many requests
-    a second as one did. There is one for every core, at a lower priority than the event loop, which starves otherwise.
+    a second as one did. There is one for every core, at a lower priority than the event loop, which starves otherwise;
+    in several processes rather than in one, where they wait for each other's Python.
 
     A request that is the only one is decoded and encoded by one thread, `leader`: to hand it on to others and back
     takes a millisecond or two. It may get the other cores as well (`Teamwork`). No other thread leads a team, as OpenMP
@@ -60,9 +61,13 @@ class BatchingEncoder:
 
     A request's windows are queued a few at a time: the first few of all requests come before the next of any, so that a
     long one does not hold up those that come after it.
+
+    Args:
+        args: the service's arguments.
+        processes: how many share the cores.
     """
 
-    def __init__(self, args: ServeArgs) -> None:
+    def __init__(self, args: ServeArgs, processes: int = 1) -> None:
         import torch
 
         from audiomae.model.devices import pick_device
@@ -74,9 +79,10 @@ class BatchingEncoder:
         self._idle, self._counting = 0, threading.Lock()
         torch.set_num_threads(1)  # of threads that are made from here on
         one_by_one = pick_device(args.device).type == "cuda"
-        self._threads = 1 if one_by_one else args.encoder_threads or available_cpus()
+        cores = 1 if one_by_one else args.encoder_threads or available_cpus()
+        self._threads = cores if args.encoder_threads else max(1, cores // processes)
         nice = os.getpriority(os.PRIO_PROCESS, 0) + BEHIND
-        self._teamwork = Teamwork(self._threads)
+        self._teamwork = Teamwork(cores)
         self.leader = ThreadPoolExecutor(1, "leader", initializer=_step_back, initargs=(nice,))
         for _ in range(self._threads):
             threading.Thread(target=self._work, args=[nice], name="encode", daemon=True).start()

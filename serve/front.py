@@ -11,12 +11,14 @@ from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from audiomae.artifacts.releases import Release
+from audiomae.cpus import available_cpus
 from audiomae.search.indexed import segment_rows
 from ray_jobs._cluster import node_types, nodes, offers_gpus
 from serve import proxy
 from serve.arguments import ServeArgs
 
 MEMORY_SHARE = 0.5  # of a node's memory, for an index in one process
+MOST_REPLICAS = 4  # of the API, unless more are asked for: each takes some 0.6 GB where it encodes
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 NICENESS = {"RAY_worker_niceness": "0"}  # Ray's default is 15: right for batch jobs, wrong for what people wait for
 # In an API replica user code runs on the server's own event loop: no hop between two threads for each message.
@@ -89,6 +91,18 @@ def shards_needed(release: Release) -> int:
         return 1
     parts = math.ceil(sum(segment_rows(release)) * a_row / (MEMORY_SHARE * min(memory)))
     return max(1, parts if node_types() else min(parts, len(memory)))
+
+
+def api_replicas(index_shards: int) -> int:
+    """How many processes answer HTTP requests, unless the arguments say.
+
+    One for each core of the largest node, up to four: threads of one process wait for each other's Python, and two of
+    them encode 1.3 times as much as one. One where the index is divided, as what is searched is elsewhere.
+    """
+    if index_shards > 1:
+        return 1
+    cpus = max((node.get("CPU", 0) for node in nodes()), default=1) if ray.is_initialized() else available_cpus()
+    return max(1, min(MOST_REPLICAS, int(cpus)))
 
 
 def instance() -> str:

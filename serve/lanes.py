@@ -13,6 +13,7 @@ from serve.failures import timed_out
 
 T = TypeVar("T")
 BURST = 64  # requests that are let in even where the last waits long: a burst of patient clients is no overload
+UNEVEN = 8  # more of them than its share may come to one of several replicas
 
 
 class Lanes:
@@ -25,8 +26,10 @@ class Lanes:
     def __init__(self, args: ServeArgs) -> None:
         self._timeout_s, wait_s = args.request_timeout_s, args.max_wait_s
         short = args.max_batch_size  # while one batch is encoded the next is decoded
+        replicas = max(1, args.api_replicas)
+        mine = BURST if replicas == 1 else BURST // replicas + UNEVEN
         self.all = {
-            "short": Lane("short upload", short, wait_s, max(0, BURST - short), 0.02, args.api_replicas),
+            "short": Lane("short upload", short, wait_s, max(0, mine - short), 0.02, replicas),
             "long": Lane("long upload", 8, 20 * wait_s, min_queue=8, unit_s=0.05),
             "light": Lane("search", 8, wait_s, min_queue=BURST - 8, unit_s=0.001),
             "heavy": Lane("large search", 1, 10 * wait_s, min_queue=2, unit_s=0.0001),

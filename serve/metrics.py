@@ -6,13 +6,12 @@ over `replica` are right. Ray's own metrics (queue lengths, batch sizes, replica
 """
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Any
 
-import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,7 +22,6 @@ from serve.admission import Lane
 from serve.problems import CLIENT_GONE
 from serve.quality import RecallShadow
 
-LOGGER = logging.getLogger("ray.serve")  # Ray gives it a file for each replica
 REQUEST_ID = "x-request-id"
 QUIET = ("/healthz", "/readyz", "/metrics")
 BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -130,8 +128,8 @@ class ApiMetrics:
 class CountRequests:
     """ASGI middleware that times, counts and logs every request; `request.state.started` is its start. Answers HEAD."""
 
-    def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics, note: Callable[[dict[str, Any]], None]) -> None:
+        self._app, self._metrics, self._note = app, metrics, note
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -162,12 +160,14 @@ class CountRequests:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.request(method, route, status, seconds)
             if route not in QUIET:
-                log(request_id, method, scope["path"], status, seconds, scope["state"].get("timing"))
+                timing = scope["state"].get("timing")
+                self._note(line_of(request_id, method, scope["path"], status, seconds, timing))
 
 
-def log(request_id: str, method: str, path: str, status: int, seconds: float, timing: Any) -> None:
-    """One JSON line for a request, with the time of each stage in milliseconds."""
-    line = {
+def line_of(request_id: str, method: str, path: str, status: int, seconds: float, timing: Any) -> dict[str, Any]:
+    """What the log says of a request, with the time of each stage in milliseconds."""
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "request_id": request_id,
         "method": method,
         "path": path,
@@ -175,7 +175,6 @@ def log(request_id: str, method: str, path: str, status: int, seconds: float, ti
         "ms": round(seconds * 1000, 3),
         "stages_ms": None if timing is None else {"queue": timing.queue, **timing.model_dump()},
     }
-    LOGGER.info(orjson.dumps(line).decode(), extra={"log_to_stderr": False})
 
 
 def merge(texts: Iterable[str]) -> bytes:

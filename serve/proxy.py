@@ -40,6 +40,8 @@ UPLOAD_PATHS = ("/search", "/embed")
 PACE_HEADER = "x-pace-us"  # of an answer: how far apart uploads may come, in microseconds
 PACED_HEADER = "x-paced"  # of a request: so many were refused since the one before it
 STORM_S = 1.0  # a storm is over when nobody has been refused for so long
+AT_ONCE = 8  # uploads that may come together in a storm, if none came in their time before
+HOLD_MS = 100  # a refusal is held back so long: clients that ask again at once would be a storm by themselves
 ERRORS = {
     400: ("bad_request", "the request is not valid HTTP, or its headers are too long"),
     408: ("header_timeout", f"the request's headers did not come within {HEADER_TIMEOUT_S} s"),
@@ -127,13 +129,32 @@ def hardened(config: str, error_files: dict[int, Path]) -> str:
     manners = f"defaults\n    timeout http-request {HEADER_TIMEOUT_S}s\n{pages}"
     config = re.sub(r"^defaults\n", lambda _: manners, config, count=1, flags=re.MULTILINE)
     page = json.dumps(problem(503, "overloaded", "too many uploads are coming in; try again in 1 s"))
-    lua = f"global\n    lua-load-per-thread \"{REFUSE}\" '{page}'\n"
+    lua = f"global\n    lua-load-per-thread \"{REFUSE}\" '{page}' {HOLD_MS}\n"
     config = re.sub(r"^global\n", lambda _: lua, config, count=1, flags=re.MULTILINE)
+    config = re.sub(r"^backend .*\n(?:[ \t].*\n|\n)*", warm, config, flags=re.MULTILINE)
     return re.sub(r"^frontend http_frontend\n", lambda found: found[0] + pacing(), config, flags=re.MULTILINE)
 
 
+def warm(backend: re.Match[str]) -> str:
+    """A backend that asks its first replica when that has nothing to do, and else who has least to do.
+
+    Taking turns, requests that come one at a time would find the caches of a core as the one before the last left them.
+    """
+    text = backend[0]
+    servers = [
+        line for line in re.finditer(r"^[ \t]+server (\S+) .*\n", text, re.MULTILINE) if " backup" not in line[0]
+    ]
+    if len(servers) < 2:
+        return text
+    name, start = servers[0][1], servers[0].start()
+    return f"{text[:start]}    use-server {name} if {{ srv_conn({name}) eq 0 }}\n{text[start:]}"
+
+
 def pacing() -> str:
-    """Rules of a frontend: uploads no closer together than the service asks for, from its first refusal on."""
+    """Rules of a frontend: uploads no closer together than the service asks for, from its first refusal on.
+
+    Time that nobody used is left to the next few (`AT_ONCE`): answers go out in batches, and so clients come back.
+    """
     is_upload, told = f"METH_POST {{ path {' '.join(UPLOAD_PATHS)} }}", f"{{ res.hdr({PACE_HEADER}) -m found }}"
     stormy, early = "{ var(txn.storm_left) -m int gt 0 }", "{ var(txn.too_early) -m int gt 0 }"
     refused = "{ var(proc.refused) -m int gt 0 }"
@@ -142,12 +163,16 @@ def pacing() -> str:
         f"http-request del-header {PACED_HEADER}",
         f"http-request set-var(txn.now) date(0,us) if {is_upload}",
         f"http-request set-var(txn.storm_left) var(proc.storm_end),sub(txn.now) if {is_upload}",
+        f"http-request set-var(txn.credit) var(proc.pace),mul({AT_ONCE - 1}) if {stormy}",
+        f"http-request set-var(txn.first) var(txn.now),sub(txn.credit) if {stormy}",
+        f"http-request set-var(txn.saved) var(proc.next,0),sub(txn.first) if {stormy}",
+        f"http-request set-var(proc.next) var(txn.first) if {stormy} {{ var(txn.saved) -m int lt 0 }}",
         f"http-request set-var(txn.too_early) var(proc.next),sub(txn.now) if {stormy}",
         f"http-request {on} if {early}",
         f"http-request set-var(proc.refused) var(proc.refused,0),add(1) if {early}",
         f"http-request set-log-level silent if {early}",
         f"http-request use-service lua.refuse if {early}",
-        f"http-request set-var(proc.next) var(proc.pace),add(txn.now) if {stormy}",
+        f"http-request set-var(proc.next) var(proc.next),add(proc.pace) if {stormy}",
         f"http-request set-header {PACED_HEADER} %[var(proc.refused)] if {is_upload} {refused}",
         f"http-request set-var(proc.refused) int(0) if {is_upload}",
         f"http-response set-var(proc.pace) res.hdr({PACE_HEADER}),add(0) if {told}",

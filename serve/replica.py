@@ -17,12 +17,14 @@ from serve import media
 from serve.arguments import ServeArgs
 from serve.failures import RELOAD_S, refusal
 from serve.metrics import ApiMetrics
+from serve.request_log import RequestLog
 from serve.routes import Backstage, create_app
 from serve.service import SearchService
 from serve.serving import Serving
 from serve.shards import IndexShards
 from serve.versions import SharedVersion
 
+FOLLOW_S = 5.0
 SWITCH_S = 0.001  # a thread that computes gives the event loop its turn five times sooner than Python's default
 
 
@@ -51,7 +53,7 @@ class Api(Backstage):
         gc.freeze()  # modules, model and index stay: the collector need not look through them again under load
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service, self._metrics, self)
+        return create_app(self._service, self._metrics, self, RequestLog.of_replica())
 
     async def metrics_text(self) -> str:
         """This replica's metrics."""
@@ -67,6 +69,10 @@ class Api(Backstage):
         """Open release `version` in this replica, so that a swap to it takes no time."""
         return (await self._service.release.describe(version)).version
 
+    async def follow(self) -> None:
+        """Answer from the release that all replicas have agreed on."""
+        await self._service.release.follow()
+
     async def scrape(self) -> list[str]:
         """The metrics of all replicas, this one's without a detour."""
         siblings = serve.get_deployment_handle(self._name, self._app_name)
@@ -79,8 +85,12 @@ class Api(Backstage):
         except (UserError, IntegrityError) as error:
             raise refusal(error) from error
 
+        handle = serve.get_deployment_handle(self._name, self._app_name)
+
         async def siblings(concrete: str) -> Any:
-            handle = serve.get_deployment_handle(self._name, self._app_name)
             return await handle.broadcast("load", concrete).results_async(timeout_s=RELOAD_S)
 
-        return await self._service.release.reload(release.version, siblings)
+        async def follow() -> Any:
+            return await handle.broadcast("follow").results_async(timeout_s=FOLLOW_S)
+
+        return await self._service.release.reload(release.version, siblings, follow)

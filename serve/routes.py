@@ -18,6 +18,7 @@ from serve.metrics import ApiMetrics, CountRequests, merge
 from serve.problems import responses
 from serve.quality import describe
 from serve.reading import GATED, read_object
+from serve.request_log import RequestLog
 from serve.schema import Health, ReleaseInfo, ReloadRequest
 from serve.search_routes import add_search_routes
 from serve.service import SearchService
@@ -40,13 +41,14 @@ class Backstage:
         raise NotImplementedError
 
 
-def create_app(service: SearchService, metrics: ApiMetrics, backstage: Backstage) -> FastAPI:
+def create_app(service: SearchService, metrics: ApiMetrics, backstage: Backstage, log: RequestLog) -> FastAPI:
     """The FastAPI application of one API replica.
 
     Args:
         service: answers the queries.
         metrics: this replica's counters.
         backstage: what concerns all replicas.
+        log: of requests.
     """
     app = FastAPI(
         title="AudioMAE++ similarity search",
@@ -60,7 +62,7 @@ def create_app(service: SearchService, metrics: ApiMetrics, backstage: Backstage
     app.add_middleware(Shedding, lane=short, note=refused, proxied=proxy.is_on())
     if service.args.cors:
         app.add_middleware(CORSMiddleware, allow_origins=[service.args.cors], allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(CountRequests, metrics=metrics, note=log.note)
     add_search_routes(app, service, metrics)
     add_item_routes(app, service)
     _operation_routes(app, service, backstage)
@@ -120,8 +122,8 @@ def _operation_routes(app: FastAPI, service: SearchService, backstage: Backstage
     async def reload(request: Request) -> Response:
         """Swap to the latest or a named release while requests go on; needs `Authorization: Bearer TOKEN`.
 
-        Every replica has opened and checked the new release when this returns; all API replicas answer from it within
-        a second.
+        Every replica has opened and checked the new release when this returns, and every API replica in reach answers
+        from it; one that is not follows within a second.
         """
         access.require_admin(request.headers.get("authorization"))
         body = await read_object(request, service, empty={})

@@ -213,7 +213,7 @@ def find(
     hits = catalogue.search(queries, min(wanted.k + extra, max(1, catalogue.rows)), filter, by_file)
     if filter is None and hits.windows is None and not hits.missing:
         shadow.watch(catalogue.index, queries, hits.scores.shape[1], hits.scores)
-    ranked = rankings(hits, by_file, catalogue.calibration)
+    ranked = rankings(hits, by_file, catalogue.calibration, catalogue.written)
     if not extra and not wanted.by_window:
         return Searched([orjson.Fragment(ranking) for ranking in ranked], milliseconds(began), hits.missing)
     results = [orjson.loads(ranking) for ranking in ranked]

@@ -1,6 +1,7 @@
 """The release that is being served: opened in this process, agreed on with all replicas, swapped under load."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -105,12 +106,20 @@ class ServedRelease:
         )
         return joined(version, encoder, catalogue)
 
-    async def reload(self, concrete: str, siblings: Callable[[str], Awaitable[Any]]) -> Serving:
+    async def follow(self) -> None:
+        """Answer from the shared choice from now on."""
+        self._checked_at = 0.0
+        await self.current()
+
+    async def reload(
+        self, concrete: str, siblings: Callable[[str], Awaitable[Any]], follow: Callable[[], Awaitable[Any]]
+    ) -> Serving:
         """Swap to release `concrete` once every replica has opened and checked it; the old one serves until then.
 
         Args:
             concrete: the version.
             siblings: makes every API replica open a version.
+            follow: makes every API replica look at the shared choice; one that is out of reach will within a second.
 
         Raises:
             Problem: 404 `unknown_release` or 409 `release_refused`; what was being served goes on being served.
@@ -127,6 +136,8 @@ class ServedRelease:
         await asyncio.to_thread(self._shared.set, concrete)
         async with self._switching:
             self._serving = serving
+        with contextlib.suppress(Exception):
+            await follow()
         return serving
 
     def _open(self, version: str) -> Catalogue:

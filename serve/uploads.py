@@ -193,7 +193,7 @@ class _Parts:
         self._form = form
         self._header, self._value = bytearray(), bytearray()
         self._headers: dict[bytes, bytes] = {}
-        self._data = bytearray()
+        self._pieces: list[bytes] = []  # of the part: nearly always one, and then it is not copied again
         self._complete = False
         self._parser = MultipartParser(
             boundary,
@@ -202,7 +202,7 @@ class _Parts:
                 "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
                 "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
                 "on_header_end": self._header_end,
-                "on_part_data": lambda data, start, end: self._data.extend(memoryview(data)[start:end]),
+                "on_part_data": lambda data, start, end: self._pieces.append(data[start:end]),
                 "on_part_end": self._part_end,
                 "on_end": self._end,
             },
@@ -215,7 +215,7 @@ class _Parts:
             raise FormParserError("it ends before its closing boundary")
 
     def _part_begin(self) -> None:
-        self._headers, self._data = {}, bytearray()
+        self._headers, self._pieces = {}, []
 
     def _header_end(self) -> None:
         self._headers[bytes(self._header).lower()] = bytes(self._value)
@@ -223,15 +223,15 @@ class _Parts:
 
     def _part_end(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        name = options.get(b"name", b"").decode("utf-8", "replace")
+        name, data = options.get(b"name", b"").decode("utf-8", "replace"), b"".join(self._pieces)
         if len(self._form.fields) + len(self._form.files) >= MAX_FIELDS:
             raise FormParserError(f"more than {MAX_FIELDS} fields")
         if b"filename" in options or name == "file":
-            self._form.files[name] = bytes(self._data)
-        elif len(self._data) > MAX_FIELD_BYTES:
-            raise FormParserError(f"field {name!r} has {len(self._data):,} bytes, at most {MAX_FIELD_BYTES:,}")
+            self._form.files[name] = data
+        elif len(data) > MAX_FIELD_BYTES:
+            raise FormParserError(f"field {name!r} has {len(data):,} bytes, at most {MAX_FIELD_BYTES:,}")
         else:
-            self._form.fields[name] = self._data.decode()
+            self._form.fields[name] = data.decode()
 
     def _end(self) -> None:
         self._complete = True

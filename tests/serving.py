@@ -114,7 +114,8 @@ def running_service(index_dir: Path, **args: object) -> Iterator[httpx.Client]:
     from serve.app import build
 
     (port,) = free_ports(1)
-    given = {"index": str(index_dir), "port": port, "encoder_threads": 1, "request_timeout_s": PATIENCE_S, **args}
+    given = {"index": str(index_dir), "port": port, "encoder_threads": 1, "api_replicas": 1}
+    given |= {"request_timeout_s": PATIENCE_S, **args}
     ray_serve.run(build(given), name="search")
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:

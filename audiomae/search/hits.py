@@ -68,7 +68,7 @@ class Hits:
         edges = np.cumsum([0, *np.count_nonzero(self.rows >= 0, axis=1)])
         return [found[start:stop] for start, stop in itertools.pairwise(edges)]
 
-    def rows_of(self, rows: np.ndarray) -> list[dict[str, Any]]:
+    def rows_of(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """The items table's rows of these numbers, as in `rows`."""
         return self._table.rows(rows)
 

@@ -78,7 +78,7 @@ def service(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     work = tmp_path_factory.mktemp("serve")
     corpus = make_corpus(work / "corpus")
     publish_release(work / "index", corpus, make_encoder(seed=0), work / "first")
-    with running_service(work / "index", max_upload_mib=MAX_UPLOAD / 2**20, max_audio_s=30) as http:
+    with running_service(work / "index", api_replicas=2, max_upload_mib=MAX_UPLOAD / 2**20, max_audio_s=30) as http:
         yield Service(http, work / "index", corpus, work)
 
 

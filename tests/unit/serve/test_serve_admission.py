@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.admission import PACE, STORM_QUEUE, Lane, Recent, Shedding
 from serve.arguments import ServeArgs
-from serve.lanes import BURST, Lanes
+from serve.lanes import BURST, UNEVEN, Lanes
 from serve.problems import Problem
 from serve.proxy import PACE_HEADER, PACED_HEADER
 
@@ -140,7 +140,25 @@ def test_in_a_storm_half_as_many_work(monkeypatch: pytest.MonkeyPatch) -> None:
     run(scenario)
 
 
-def test_an_upload_is_refused_before_its_body_and_answers_in_a_storm_say_the_pace() -> None:
+def test_the_pace_is_that_of_the_busy_lane_or_of_the_last_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paced by its answers alone, a lane that had nothing to do would be given nothing to do."""
+
+    async def scenario() -> None:
+        clock = [100.0]
+        monkeypatch.setattr("serve.admission.time.monotonic", lambda: clock[0])
+        idle = lane(unit_s=0.01, replicas=2)
+        assert idle.pace_us() == round(1e6 / PACE / 2 / 100)
+        for _ in range(200):  # 50 a second
+            async with idle.place(1):
+                clock[0] += 0.02
+            assert idle.pace_us() <= round(1e6 / PACE / 2 / 50)
+            clock[0] += 1.0
+        assert idle.pace_us() == pytest.approx(1e6 / PACE / 2 / 50, rel=0.01)
+
+    run(scenario)
+
+
+def test_an_upload_is_refused_before_its_body_and_refusals_say_the_pace() -> None:
     async def inside(scope: Scope, receive: Receive, send: Send) -> None:
         await Response("fine")(scope, receive, send)
 
@@ -166,15 +184,15 @@ def test_an_upload_is_refused_before_its_body_and_answers_in_a_storm_say_the_pac
         assert await ask("/search", paced, app=Shedding(inside, busy, noted.append, proxied=False)) == (200, None)
         for claim in (b"9" * 5000, b"-1", b"x", b""):
             assert await ask("/search", (PACED_HEADER.encode(), claim)) == (200, None)
-        assert noted == [7] and not busy.storm  # a storm goes on, but does not begin, with what the proxy refuses
+        assert noted == [7] and not busy.storm
+        busy._refused = Recent()
         tasks = [asyncio.create_task(occupy(busy, 1, gate)) for _ in range(1 + STORM_QUEUE)]
         await asyncio.sleep(0)
-        assert {await ask("/embed") for _ in range(1 + STORM_QUEUE)} == {(503, None)}
-        assert (await ask("/search"), await ask("/search/vector")) == ((503, pace), (200, None))
+        assert {await ask("/embed") for _ in range(STORM_QUEUE)} == {(503, pace)} and not busy.storm
+        assert await ask("/search", paced) == (503, pace) and busy.storm  # what the proxy refuses counts
+        assert await ask("/search/vector") == (200, None)
         end = busy._storm_end
-        with pytest.raises(Problem):
-            busy.refuse_early()
-        busy._refused, busy._storm_end = Recent(), end
+        busy._refused = Recent()
         assert await ask("/search", paced) == (503, pace) and busy._storm_end > end
         gate.set()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -256,8 +274,8 @@ def test_it_learns_how_fast_it_is() -> None:
 def test_a_burst_is_let_in_and_no_more_than_that() -> None:
     """What is at work and waiting together bounds how long an accepted request takes; in a storm fewer wait."""
 
-    async def run(lane: str, clients: int) -> int:
-        lanes = Lanes(ServeArgs(index="unused", max_wait_s=0.1))
+    async def run(lane: str, clients: int, replicas: int = 1) -> int:
+        lanes = Lanes(ServeArgs(index="unused", max_wait_s=0.1, api_replicas=replicas))
         end = asyncio.Event()
 
         async def work() -> bool:
@@ -276,6 +294,7 @@ def test_a_burst_is_let_in_and_no_more_than_that() -> None:
 
     names = ("short", "light", "media")
     assert [asyncio.run(run(name, BURST + BURST // 2)) for name in names] == [BURST] * 3
+    assert asyncio.run(run("short", BURST, replicas=2)) == BURST // 2 + UNEVEN
     places = [Lanes(ServeArgs(index="unused")).all[name].places for name in names]
     storm = [count + (BURST - count) // STORM_QUEUE for count in places]  # those at work stay
     assert [asyncio.run(run(name, 10 * BURST)) for name in names] == storm

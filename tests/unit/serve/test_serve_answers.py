@@ -117,6 +117,27 @@ def test_hits_are_written_once_and_say_all_of_them(by_file: bool, probability: A
     assert answers.rankings(none, by_file, probability) == [b"[]"]
 
 
+@pytest.mark.parametrize("by_file", [True, False])
+def test_items_that_are_found_again_are_not_read_again(monkeypatch: pytest.MonkeyPatch, by_file: bool) -> None:
+    read: list[list[int]] = []
+
+    class Noting(Table):
+        def rows(self, rows: Any, columns: Any = None) -> list[dict[str, Any]]:
+            read.append(list(rows))
+            return super().rows(rows, columns)
+
+    monkeypatch.setattr(answers, "KEPT_ITEMS", 4)
+    kept: answers.Written = {}
+    for rows, expected in (([3, 0], [3, 0]), ([0, 5, 3], [5]), ([3, 5], None), ([1, 2, 3], [1, 2]), ([3], [3])):
+        numbers, scores = np.array([rows]), -np.arange(len(rows), dtype=np.float32)[None]
+        hits = Hits(numbers, scores, numbers, Noting())  # type: ignore[arg-type]
+        alone = answers.rankings(hits, by_file)
+        read.clear()
+        assert answers.rankings(hits, by_file, None, kept) == alone
+        assert read == ([expected] if expected else [])
+    assert set(kept) == {1, 2, 3}
+
+
 def form(*parts: tuple[str, bytes]) -> bytes:
     body = b"".join(b"--B\r\n" + head.encode() + b"\r\n\r\n" + data + b"\r\n" for head, data in parts)
     return body + b"--B--\r\n"

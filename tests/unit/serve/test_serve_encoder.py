@@ -124,13 +124,15 @@ def test_the_leader_may_have_a_team_and_those_beside_it_do_not(monkeypatch: pyte
     assert beside == [1, 1, 1] and led.result(60)[0, 0] == 2
 
 
-@pytest.mark.parametrize("cpus", [1, 2, 8])
-def test_a_batch_on_every_core_and_all_behind_the_event_loop(monkeypatch: pytest.MonkeyPatch, cpus: int) -> None:
+@pytest.mark.parametrize(("cpus", "processes", "threads"), [(1, 1, 1), (2, 1, 2), (8, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_a_batch_on_every_core_and_all_behind_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, processes: int, threads: int
+) -> None:
     monkeypatch.setattr("serve.encoder.available_cpus", lambda: cpus)
     before = set(threading.enumerate())
-    BatchingEncoder(ServeArgs(index="unused", device="cpu"))
+    BatchingEncoder(ServeArgs(index="unused", device="cpu"), processes)
     made = set(threading.enumerate()) - before
-    assert len(made) == cpus
+    assert len(made) == threads
     mine, until = os.getpriority(os.PRIO_PROCESS, 0), time.monotonic() + 60
     wanted = {min(19, mine + BEHIND)}
     while (nice := {os.getpriority(os.PRIO_PROCESS, thread.native_id or 0) for thread in made}) != wanted:

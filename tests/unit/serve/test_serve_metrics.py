@@ -45,10 +45,10 @@ def test_replicas_are_merged_into_one_page() -> None:
     assert found["audiomae_release_rows", "two"] == 12
 
 
-def application(metrics: ApiMetrics) -> FastAPI:
-    app = FastAPI()
+def application(metrics: ApiMetrics, log: list[dict[str, Any]] | None = None) -> FastAPI:
+    app, note = FastAPI(), ([] if log is None else log).append
     app.add_middleware(Limits, args=ARGS)
-    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(CountRequests, metrics=metrics, note=note)
     problems.install(app)
 
     @app.post("/echo")
@@ -84,10 +84,11 @@ def test_bodies_are_limited_whatever_their_headers_say(size: int, status: int, d
 
 
 def test_a_crash_counts_as_500() -> None:
-    metrics = ApiMetrics("one")
-    with TestClient(application(metrics), raise_server_exceptions=False) as client:
-        reply = client.get("/fail")
+    metrics, log = ApiMetrics("one"), list[dict[str, Any]]()
+    with TestClient(application(metrics, log), raise_server_exceptions=False) as client:
+        reply = client.get("/fail", headers={"x-request-id": "mine"})
     assert (reply.status_code, reply.json()["code"]) == (500, "internal_error")
+    assert [(line["request_id"], line["path"], line["status"]) for line in log] == [("mine", "/fail", 500)]
     assert 'route="/fail",status="500"' in metrics.text()
 
 

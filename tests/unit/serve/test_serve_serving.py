@@ -47,6 +47,10 @@ async def opened(version: str) -> None:
     """A sibling that has opened a version."""
 
 
+async def nobody() -> None:
+    """No sibling that would have to follow."""
+
+
 def test_a_look_at_the_old_choice_does_not_undo_a_reload() -> None:
     async def scenario() -> list[str]:
         shared = Shared()
@@ -57,7 +61,7 @@ def test_a_look_at_the_old_choice_does_not_undo_a_reload() -> None:
         shared.go_on.clear()
         slow = asyncio.create_task(release.current())
         await asyncio.to_thread(shared.looked.wait, 60)  # it has seen v1 and is on its way back
-        reload = asyncio.create_task(release.reload("v2", opened))
+        reload = asyncio.create_task(release.reload("v2", opened, nobody))
         while shared.version != "v2":
             await asyncio.sleep(0)
         for _ in range(100):  # as far as the reload gets meanwhile
@@ -67,3 +71,20 @@ def test_a_look_at_the_old_choice_does_not_undo_a_reload() -> None:
         return [*seen, (await release.current()).version]
 
     assert asyncio.run(asyncio.wait_for(scenario(), 60)) == ["v1", "v2"]
+
+
+def test_when_a_reload_returns_every_replica_answers_from_the_new_release() -> None:
+    async def lost() -> None:
+        raise RuntimeError("a replica died")
+
+    async def scenario() -> list[str]:
+        shared = Shared()
+        first, second = (Release("unused", shared, Encoder(), None) for _ in range(2))  # type: ignore[arg-type]
+        seen = [(await release.current()).version for release in (first, second)]
+        await first.reload("v2", opened, second.follow)
+        seen += [(await release.current()).version for release in (first, second)]
+        await second.reload("v3", opened, lost)  # who was not reached looks again by itself
+        first._checked_at = -1e9
+        return seen + [(await release.current()).version for release in (first, second)]
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == ["v1", "v1", "v2", "v2", "v3", "v3"]

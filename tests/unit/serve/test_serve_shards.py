@@ -166,3 +166,17 @@ def test_large_indexes_are_divided(
     info = {"dim": 384, "spec": {"bytes_in_memory": 68}, "segments": [{"rows": rows // 2}, {"rows": rows // 2}]}
     release: Any = SimpleNamespace(info=info)
     assert shards_needed(release) == expected
+
+
+@pytest.mark.parametrize(
+    ("cpus", "shards", "expected"), [([2], 1, 2), ([0, 16, 8], 1, 4), ([0], 1, 1), ([], 1, 3), ([16], 2, 1)]
+)
+def test_the_cores_are_given_to_several_processes(
+    monkeypatch: pytest.MonkeyPatch, cpus: list[int], shards: int, expected: int
+) -> None:
+    from serve import front
+
+    monkeypatch.setattr(front, "nodes", lambda: [{"memory": 1.0} | ({"CPU": count} if count else {}) for count in cpus])
+    monkeypatch.setattr(front, "available_cpus", lambda: 3)
+    monkeypatch.setattr(front.ray, "is_initialized", lambda: bool(cpus))
+    assert front.api_replicas(shards) == expected

@@ -10,7 +10,6 @@ from starlette.responses import Response
 from audiomae.search.hits import Hits
 from serve.catalogue import HIDDEN, PLACE, json_default
 from serve.queries import Answer
-from serve.schema import Timing
 
 OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 NO_SPAN = {"query_start_s": None, "query_end_s": None}
@@ -199,26 +198,26 @@ def join_spans(spans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(joined, key=lambda span: -span["score"])
 
 
-def search_json(answer: Answer, timing: Timing) -> bytes:
+def search_json(answer: Answer, timing_ms: dict[str, float]) -> bytes:
     """The body of a `SearchResponse`."""
     return dumps(
         {
             "release": answer.release,
             "results": answer.results[0],
-            "timing_ms": timing.model_dump(),
+            "timing_ms": timing_ms,
             "partial": bool(answer.missing),
             "missing": list(answer.missing),
         }
     )
 
 
-def vector_search_json(answer: Answer, timing: Timing) -> bytes:
+def vector_search_json(answer: Answer, timing_ms: dict[str, float]) -> bytes:
     """The body of a `VectorSearchResponse`."""
     return dumps(
         {
             "release": answer.release,
             "results": answer.results,
-            "timing_ms": timing.model_dump(),
+            "timing_ms": timing_ms,
             "partial": bool(answer.missing),
             "missing": list(answer.missing),
         }

@@ -13,6 +13,7 @@ from serve.failures import timed_out
 
 T = TypeVar("T")
 BURST = 64  # requests that are let in even where the last waits long: a burst of patient clients is no overload
+FEWEST = 4  # at work on short uploads in a replica
 UNEVEN = 8  # more of them than its share may come to one of several replicas
 
 
@@ -25,8 +26,8 @@ class Lanes:
 
     def __init__(self, args: ServeArgs) -> None:
         self._timeout_s, wait_s = args.request_timeout_s, args.max_wait_s
-        short = args.max_batch_size  # while one batch is encoded the next is decoded
         replicas = max(1, args.api_replicas)
+        short = max(FEWEST, args.max_batch_size // replicas)  # while one batch is encoded the next is decoded
         mine = BURST if replicas == 1 else BURST // replicas + UNEVEN
         self.all = {
             "short": Lane("short upload", short, wait_s, max(0, mine - short), 0.02, replicas),

@@ -131,23 +131,26 @@ def hardened(config: str, error_files: dict[int, Path]) -> str:
     page = json.dumps(problem(503, "overloaded", "too many uploads are coming in; try again in 1 s"))
     lua = f"global\n    lua-load-per-thread \"{REFUSE}\" '{page}' {HOLD_MS}\n"
     config = re.sub(r"^global\n", lambda _: lua, config, count=1, flags=re.MULTILINE)
-    config = re.sub(r"^backend .*\n(?:[ \t].*\n|\n)*", warm, config, flags=re.MULTILINE)
+    config = re.sub(r"^backend .*\n(?:[ \t].*\n|\n)*", balanced, config, flags=re.MULTILINE)
     return re.sub(r"^frontend http_frontend\n", lambda found: found[0] + pacing(), config, flags=re.MULTILINE)
 
 
-def warm(backend: re.Match[str]) -> str:
+def balanced(backend: re.Match[str]) -> str:
     """A backend that asks its first replica when that has nothing to do, and else who has least to do.
 
     Taking turns, requests that come one at a time would find the caches of a core as the one before the last left them.
+    In a storm all get the same, as requests say how many were refused: who is full would hear nothing of it otherwise.
     """
     text = backend[0]
-    servers = [
-        line for line in re.finditer(r"^[ \t]+server (\S+) .*\n", text, re.MULTILINE) if " backup" not in line[0]
-    ]
-    if len(servers) < 2:
+    servers = re.finditer(r"^[ \t]+server (\S+) .*\n", text, re.MULTILINE)
+    mine = [server for server in servers if " backup" not in server[0]]
+    if len(mine) < 2:
         return text
-    name, start = servers[0][1], servers[0].start()
-    return f"{text[:start]}    use-server {name} if {{ srv_conn({name}) eq 0 }}\n{text[start:]}"
+    names, start = [server[1] for server in mine], mine[0].start()
+    stormy = f"{{ req.hdr({PACED_HEADER}) -m found }}"
+    rules = [f"use-server {name} if {stormy} {{ rand({len(names)}) eq {turn} }}" for turn, name in enumerate(names)]
+    rules.append(f"use-server {names[0]} if {{ srv_conn({names[0]}) eq 0 }}")
+    return text[:start] + "".join(f"    {rule}\n" for rule in rules) + text[start:]
 
 
 def pacing() -> str:

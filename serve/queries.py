@@ -12,6 +12,7 @@ from audiomae.config import nearest
 from serve.problems import Problem
 from serve.schema import Group, Timing
 
+SMALL = 1e-200  # a sum of squares above this has lost nothing
 FILTER_HINT = 'expected {"column": value | {"in": [...]} | {"gte": x, "lt": y}}'
 
 
@@ -158,14 +159,17 @@ def check_vectors(vectors: Any, dim: int, limit: int) -> np.ndarray:
 def unit(queries: np.ndarray) -> np.ndarray:
     """Rows of float[Q, dim] as unit float32; 422 when one is not finite or has no direction."""
     queries = np.asarray(queries, np.float64)
-    peaks = np.abs(queries).max(axis=1, keepdims=True)
-    if not np.isfinite(peaks).all():
-        raise Problem(422, "invalid_request", "vectors: every number must be finite")
-    if not peaks.all():
-        detail = f"vectors[{int(np.argmin(peaks[:, 0]))}] is all zeros and has no direction"
-        raise Problem(422, "zero_vector", detail)
-    queries = queries / peaks  # so that no square overflows or vanishes
-    return (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    squares = np.einsum("qd,qd->q", queries, queries)
+    if not (squares.min() > SMALL and squares.max() < np.inf):  # neither is true of NaN
+        peaks = np.abs(queries).max(axis=1, keepdims=True)
+        if not np.isfinite(peaks).all():
+            raise Problem(422, "invalid_request", "vectors: every number must be finite")
+        if not peaks.all():
+            detail = f"vectors[{int(np.argmin(peaks[:, 0]))}] is all zeros and has no direction"
+            raise Problem(422, "zero_vector", detail)
+        queries = queries / peaks  # so that no square overflows or vanishes
+        squares = np.einsum("qd,qd->q", queries, queries)
+    return (queries / np.sqrt(squares)[:, None]).astype(np.float32)
 
 
 def milliseconds(began: float) -> float:

@@ -68,7 +68,7 @@ def _add_upload_routes(app: FastAPI, service: SearchService, metrics: ApiMetrics
             answer = await service.search_sound(upload, wanted)
         else:
             answer = await service.search_mixed(mixed(form, fields, region), wanted)
-        return reply(request, metrics, lambda timing: answers.search_json(answer, timing), answer.timing)
+        return reply(request, metrics, lambda timing_ms: answers.search_json(answer, timing_ms), answer.timing)
 
     @app.post(
         "/embed",
@@ -93,7 +93,7 @@ def _add_upload_routes(app: FastAPI, service: SearchService, metrics: ApiMetrics
             "windows": windows,
         }
         return reply(
-            request, metrics, lambda timing: answers.dumps({**content, "timing_ms": timing.model_dump()}), found.timing
+            request, metrics, lambda timing_ms: answers.dumps({**content, "timing_ms": timing_ms}), found.timing
         )
 
 
@@ -111,7 +111,7 @@ def _add_body_routes(app: FastAPI, service: SearchService, metrics: ApiMetrics) 
         vectors = body.pop("vectors", None)
         options = VectorOptions.model_validate(body)
         answer = await service.search_vectors(vectors, Wanted(options.k, options.filter, options.group))
-        return reply(request, metrics, lambda timing: answers.vector_search_json(answer, timing), answer.timing)
+        return reply(request, metrics, lambda timing_ms: answers.vector_search_json(answer, timing_ms), answer.timing)
 
     @app.post(
         "/search/text",
@@ -124,7 +124,7 @@ def _add_body_routes(app: FastAPI, service: SearchService, metrics: ApiMetrics) 
         """Items that a description fits; 501 when the release has no text tower."""
         query = TextQuery.model_validate(await read_object(request, service))
         answer = await service.search_mixed(Mixed(text=query.text), Wanted(query.k, query.filter, query.group))
-        return reply(request, metrics, lambda timing: answers.search_json(answer, timing), answer.timing)
+        return reply(request, metrics, lambda timing_ms: answers.search_json(answer, timing_ms), answer.timing)
 
     @app.post(
         "/search/examples",
@@ -141,7 +141,7 @@ def _add_body_routes(app: FastAPI, service: SearchService, metrics: ApiMetrics) 
         )
         mix.text = query.text
         answer = await service.search_mixed(mix, Wanted(query.k, query.filter, query.group, query.collapse))
-        return reply(request, metrics, lambda timing: answers.search_json(answer, timing), answer.timing)
+        return reply(request, metrics, lambda timing_ms: answers.search_json(answer, timing_ms), answer.timing)
 
 
 def _add_id_route(app: FastAPI, service: SearchService, metrics: ApiMetrics) -> None:
@@ -163,14 +163,14 @@ def _add_id_route(app: FastAPI, service: SearchService, metrics: ApiMetrics) -> 
             answer = await service.search_sound(Sound(clip=clip, region=region), wanted)
         else:
             answer = await service.search_similar(clip, wanted)
-        return reply(request, metrics, lambda timing: answers.search_json(answer, timing), answer.timing)
+        return reply(request, metrics, lambda timing_ms: answers.search_json(answer, timing_ms), answer.timing)
 
 
-def reply(request: Request, metrics: ApiMetrics, body: Callable[[Timing], bytes], timing: Timing) -> Response:
-    """The answer to a query, its time noted in it, in the log and in the metrics."""
+def reply(request: Request, metrics: ApiMetrics, body: Callable[[dict[str, float]], bytes], timing: Timing) -> Response:
+    """The answer to a query, its time (`timing_ms`) noted in it, in the log and in the metrics."""
     timing.total = (time.perf_counter() - request.state.started) * 1000
-    for name, value in timing:
-        setattr(timing, name, round(value, 3))
-    metrics.stages({"queue": timing.queue, **timing.model_dump()})
-    request.scope["state"]["timing"] = timing
-    return Response(body(timing), media_type="application/json")
+    stages_ms = {name: round(value, 3) for name, value in vars(timing).items()}
+    metrics.stages(stages_ms)
+    request.scope["state"]["stages_ms"] = stages_ms
+    shown = {name: value for name, value in stages_ms.items() if name != "queue"}
+    return Response(body(shown), media_type="application/json")

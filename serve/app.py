@@ -67,7 +67,7 @@ def compose(args: ServeArgs, release: releases.Release) -> serve.Application:
 
     version, gpus = release.version, front.encoder_gpus(args)
     count = args.index_shards or front.shards_needed(release)
-    args = args.model_copy(update={"api_replicas": args.api_replicas or front.api_replicas(count)})
+    args = args.model_copy(update={"api_replicas": args.api_replicas or front.api_replicas(release, count)})
     encoder = (
         deployment(Encoder)
         .options(

@@ -93,16 +93,24 @@ def shards_needed(release: Release) -> int:
     return max(1, parts if node_types() else min(parts, len(memory)))
 
 
-def api_replicas(index_shards: int) -> int:
+def api_replicas(release: Release, index_shards: int) -> int:
     """How many processes answer HTTP requests, unless the arguments say.
 
     One for each core of the largest node, up to four: threads of one process wait for each other's Python, and two of
-    them encode 1.3 times as much as one. One where the index is divided, as what is searched is elsewhere.
+    them encode 1.3 times as much as one. One where the index is divided, as what is searched is elsewhere; and no more
+    than half of that node's memory has room for where the index is a graph, which each of them holds.
     """
     if index_shards > 1:
         return 1
-    cpus = max((node.get("CPU", 0) for node in nodes()), default=1) if ray.is_initialized() else available_cpus()
-    return max(1, min(MOST_REPLICAS, int(cpus)))
+    here = {"CPU": float(available_cpus())}
+    known = nodes() if ray.is_initialized() else [here]
+    largest = max(known, key=lambda node: node.get("CPU", 0), default=here)
+    most = min(MOST_REPLICAS, int(largest.get("CPU", 0)))
+    spec = release.info["spec"]
+    if spec["kind"] == "hnsw" and "memory" in largest:
+        held = sum(segment_rows(release)) * int(spec["bytes_in_memory"])
+        most = min(most, int(MEMORY_SHARE * largest["memory"] / max(1, held)))
+    return max(1, most)
 
 
 def instance() -> str:

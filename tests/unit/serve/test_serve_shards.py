@@ -169,14 +169,28 @@ def test_large_indexes_are_divided(
 
 
 @pytest.mark.parametrize(
-    ("cpus", "shards", "expected"), [([2], 1, 2), ([0, 16, 8], 1, 4), ([0], 1, 1), ([], 1, 3), ([16], 2, 1)]
+    ("cpus", "shards", "graph_rows", "expected"),
+    [
+        ([2], 1, 0, 2),
+        ([0, 16, 8], 1, 0, 4),
+        ([0], 1, 0, 1),
+        ([], 1, 0, 3),
+        ([16], 2, 0, 1),
+        ([16], 1, 2_000_000, 4),
+        ([16], 1, 7_000_000, 2),
+        ([16], 1, 90_000_000, 1),
+    ],
 )
 def test_the_cores_are_given_to_several_processes(
-    monkeypatch: pytest.MonkeyPatch, cpus: list[int], shards: int, expected: int
+    monkeypatch: pytest.MonkeyPatch, cpus: list[int], shards: int, graph_rows: int, expected: int
 ) -> None:
     from serve import front
 
-    monkeypatch.setattr(front, "nodes", lambda: [{"memory": 1.0} | ({"CPU": count} if count else {}) for count in cpus])
+    monkeypatch.setattr(
+        front, "nodes", lambda: [{"memory": 32.0 * 2**30} | ({"CPU": count} if count else {}) for count in cpus]
+    )
     monkeypatch.setattr(front, "available_cpus", lambda: 3)
     monkeypatch.setattr(front.ray, "is_initialized", lambda: bool(cpus))
-    assert front.api_replicas(shards) == expected
+    spec = {"kind": "hnsw", "bytes_in_memory": 1024} if graph_rows else {"kind": "ivf", "bytes_in_memory": 68}
+    release: Any = SimpleNamespace(info={"spec": spec, "segments": [{"rows": graph_rows or 90_000_000}]})
+    assert front.api_replicas(release, shards) == expected

@@ -1,6 +1,7 @@
 """What a request asks for and what it is answered with, in plain values; neither the model nor the index is loaded."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -159,8 +160,8 @@ def check_vectors(vectors: Any, dim: int, limit: int) -> np.ndarray:
 def unit(queries: np.ndarray) -> np.ndarray:
     """Rows of float[Q, dim] as unit float32; 422 when one is not finite or has no direction."""
     queries = np.asarray(queries, np.float64)
-    squares = np.einsum("qd,qd->q", queries, queries)
-    if not (squares.min() > SMALL and squares.max() < np.inf):  # neither is true of NaN
+    squares = np.vecdot(queries, queries)
+    if not all(SMALL < square < math.inf for square in squares.tolist()):  # not true of NaN
         peaks = np.abs(queries).max(axis=1, keepdims=True)
         if not np.isfinite(peaks).all():
             raise Problem(422, "invalid_request", "vectors: every number must be finite")
@@ -168,7 +169,7 @@ def unit(queries: np.ndarray) -> np.ndarray:
             detail = f"vectors[{int(np.argmin(peaks[:, 0]))}] is all zeros and has no direction"
             raise Problem(422, "zero_vector", detail)
         queries = queries / peaks  # so that no square overflows or vanishes
-        squares = np.einsum("qd,qd->q", queries, queries)
+        squares = np.vecdot(queries, queries)
     return (queries / np.sqrt(squares)[:, None]).astype(np.float32)
 
 

@@ -296,7 +296,7 @@ class AudioIndex:
             )
         if k < 1:
             raise ValueError(f"k={k}, expected at least 1")
-        norms = np.sqrt(np.einsum("qd,qd->q", queries, queries))
+        norms = np.sqrt(np.vecdot(queries, queries))
         if len(norms) and not (norms.min() > 1e-12 and norms.max() < np.inf):  # neither is true of NaN
             raise ValueError("a query vector is zero or has NaN or infinity in it; expected a finite direction")
         return np.ascontiguousarray(queries / norms[:, None])

@@ -5,8 +5,8 @@ from collections import deque
 from statistics import median
 
 MOST = 4  # threads of a team: a few windows are not worth more
-REMEMBERED = 7  # measurements of each way; the middle one counts, as the first of a team finds cold caches
-TRIED, EVERY = 4, 128  # of so many choices the last few go to the way that was slower
+REMEMBERED = 15  # measurements of each way; the middle one counts, as a team now and then takes twice as long
+TRIED, EVERY = 9, 256  # of so many choices the last few go to the way that was slower; the first finds cold caches
 
 
 class Teamwork:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import click
 import httpx
 import numpy as np
 import pytest
+import ray
 import soundfile
 from serving import (
     PATIENCE_S,
@@ -330,6 +332,24 @@ def test_the_demos_queries_get_their_table(service: Service, capsys: pytest.Capt
     counts = read_json(out)
     assert (counts["queries"], counts["recall_at_1"]) == (12, 1.0)
     assert "R@1 1.000 (12 of 12 right)" in capsys.readouterr().out
+
+
+def test_each_request_is_a_line_of_json_in_a_file_of_its_replica(service: Service) -> None:
+    names = [f"test-{uuid.uuid4().hex}" for _ in range(6)]
+    for name in names:
+        headers = {"x-request-id": name}
+        assert service.http.post("/search", files={"file": ("query", TONE)}, headers=headers).status_code == 200
+    session = ray._private.worker._global_node.get_session_dir_path()
+
+    def found() -> dict[str, dict[str, Any]]:
+        files = (Path(session) / "logs" / "serve").glob("requests_*_Api_*.log")
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return {line["request_id"]: line for line in lines if line["request_id"] in names}
+
+    until(lambda: len(found()) == len(names))
+    for line in found().values():
+        assert (line["method"], line["path"], line["status"]) == ("POST", "/search", 200)
+        assert 0 < line["stages_ms"]["encode"] <= line["stages_ms"]["total"] <= line["ms"]
 
 
 def ask(http: httpx.Client) -> list[tuple[int, str]]:

@@ -60,3 +60,8 @@ class ServeArgs(StrictConfig):
     recall_shadow: float = Field(
         default=0.01, ge=0, le=1, description="share of the queries also searched exactly, to measure recall"
     )
+
+    @property
+    def processes(self) -> int:
+        """How many API replicas share the work; one where nobody has said."""
+        return max(1, self.api_replicas)

@@ -26,7 +26,7 @@ class Lanes:
 
     def __init__(self, args: ServeArgs) -> None:
         self._timeout_s, wait_s = args.request_timeout_s, args.max_wait_s
-        replicas = max(1, args.api_replicas)
+        replicas = args.processes
         short = max(FEWEST, args.max_batch_size // replicas)  # while one batch is encoded the next is decoded
         mine = BURST if replicas == 1 else BURST // replicas + UNEVEN
         self.all = {

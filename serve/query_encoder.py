@@ -41,7 +41,7 @@ class QueryEncoder:
 
     def __init__(self, args: ServeArgs, remote: DeploymentHandle, lanes: Lanes, local: bool) -> None:
         self._args, self._remote, self._lanes = args, remote, lanes
-        self._local = BatchingEncoder(args, max(1, args.api_replicas)) if local else None
+        self._local = BatchingEncoder(args, args.processes) if local else None
         self._crowded_at = -math.inf
 
     def load_here(self, version: str) -> EncoderInfo | None:

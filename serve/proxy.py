@@ -41,6 +41,8 @@ PACE_HEADER = "x-pace-us"  # of an answer: how far apart uploads may come, in mi
 PACED_HEADER = "x-paced"  # of a request: so many were refused since the one before it
 STORM_S = 1.0  # a storm is over when nobody has been refused for so long
 AT_ONCE = 8  # uploads that may come together in a storm, if none came in their time before
+UNWATCHED_HEADER = "x-request-disconnect-disabled"  # Serve then has no task of its own that waits for a client to leave
+BRIEF_PATH, BRIEF_BYTES = "/search/vector", 65_536  # a search that is over before its client could leave
 HOLD_MS = 100  # a refusal is held back so long: clients that ask again at once would be a storm by themselves
 ERRORS = {
     400: ("bad_request", "the request is not valid HTTP, or its headers are too long"),
@@ -132,7 +134,8 @@ def hardened(config: str, error_files: dict[int, Path]) -> str:
     lua = f"global\n    lua-load-per-thread \"{REFUSE}\" '{page}' {HOLD_MS}\n"
     config = re.sub(r"^global\n", lambda _: lua, config, count=1, flags=re.MULTILINE)
     config = re.sub(r"^backend .*\n(?:[ \t].*\n|\n)*", balanced, config, flags=re.MULTILINE)
-    return re.sub(r"^frontend http_frontend\n", lambda found: found[0] + pacing(), config, flags=re.MULTILINE)
+    rules = unwatched() + pacing()
+    return re.sub(r"^frontend http_frontend\n", lambda found: found[0] + rules, config, flags=re.MULTILINE)
 
 
 def balanced(backend: re.Match[str]) -> str:
@@ -151,6 +154,15 @@ def balanced(backend: re.Match[str]) -> str:
     rules = [f"use-server {name} if {stormy} {{ rand({len(names)}) eq {turn} }}" for turn, name in enumerate(names)]
     rules.append(f"use-server {names[0]} if {{ srv_conn({names[0]}) eq 0 }}")
     return text[:start] + "".join(f"    {rule}\n" for rule in rules) + text[start:]
+
+
+def unwatched() -> str:
+    """Rules of a frontend: nobody watches whether the client of a small search leaves; of the others, Serve does."""
+    brief = f"{{ path {BRIEF_PATH} }} {{ req.hdr(content-length) -m int lt {BRIEF_BYTES} }}"
+    return (
+        f"    http-request del-header {UNWATCHED_HEADER}\n"
+        f"    http-request set-header {UNWATCHED_HEADER} ?1 if {brief}\n"
+    )
 
 
 def pacing() -> str:

@@ -25,6 +25,9 @@ from serve.shards import IndexShards
 from serve.versions import SharedVersion
 
 FOLLOW_S = 5.0
+GC_OBJECTS = (
+    10_000  # new objects between two looks for garbage: at Python's 700 they took a twentieth of the event loop
+)
 SWITCH_S = 0.001  # a thread that computes gives the event loop its turn five times sooner than Python's default
 
 
@@ -51,6 +54,7 @@ class Api(Backstage):
         threading.Thread(target=media.warm_up, daemon=True).start()
         gc.collect()
         gc.freeze()  # modules, model and index stay: the collector need not look through them again under load
+        gc.set_threshold(GC_OBJECTS)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service, self._metrics, self, RequestLog.of_replica())

@@ -38,7 +38,7 @@ def test_the_proxy_gets_our_manners_and_keeps_what_it_had(tmp_path: Path) -> Non
     found = proxy.hardened(SERVE_CONFIG, {503: tmp_path / "e"})
     assert "bind 127.0.0.1:9101\n" in found and "bind 127.0.0.1:8404\n" in found and "bind 0.0.0.0:8000\n" in found
     assert f"defaults\n    timeout http-request 10s\n    errorfile 503 {tmp_path}/e\n    mode http\n" in found
-    assert f"frontend http_frontend\n{proxy.pacing()}    bind 0.0.0.0:8000\n" in found
+    assert f"frontend http_frontend\n{proxy.unwatched()}{proxy.pacing()}    bind 0.0.0.0:8000\n" in found
     assert "/x" not in found
     assert re.match(
         r"global\n    lua-load-per-thread \".*/serve/refuse.lua\" '{.*overloaded.*}' 100\n    maxconn 9\n", found
@@ -53,12 +53,14 @@ class Stormy(BaseHTTPRequestHandler):
 
     seen: list[str]
     told: list[str | None]
+    unwatched: list[str | None]
     pace_us = "60000000"
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
         self.seen.append(f"{self.command} {self.path}")
         self.told.append(self.headers[proxy.PACED_HEADER])
+        self.unwatched.append(self.headers[proxy.UNWATCHED_HEADER])
         self.send_response(503)
         if self.path != "/calm":
             self.send_header(proxy.PACE_HEADER, self.pace_us)
@@ -76,6 +78,7 @@ def stormy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The port of a HAProxy before a `Stormy` service."""
     monkeypatch.setattr(Stormy, "seen", [], raising=False)
     monkeypatch.setattr(Stormy, "told", [], raising=False)
+    monkeypatch.setattr(Stormy, "unwatched", [], raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stormy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (port,) = proxy.free_ports(1)
@@ -208,6 +211,20 @@ def test_who_is_let_through_says_how_many_were_refused_and_a_client_cannot(
         refused += ask(stormy, "POST", "/search", headers=claim)[2] != b""
     assert (Stormy.told[: len(paths)], refused > 0) == ([None] * len(paths), True)
     assert Stormy.told[len(paths) :] == [str(refused)]
+
+
+def test_only_of_a_small_search_does_nobody_watch_the_client_whatever_it_says(stormy: int) -> None:
+    claim = {proxy.UNWATCHED_HEADER: "?1"}
+    for path, size in (("/search/vector", 9_000), ("/search/vector", proxy.BRIEF_BYTES), ("/embed", 9), ("/calm", 9)):
+        ask(stormy, "POST", path, b"x" * size, claim)
+    ask(stormy, "POST", "/search/vector", b"0\r\n\r\n", {**claim, "Transfer-Encoding": "chunked"})
+    assert Stormy.unwatched == ["?1", None, None, None, None]
+
+
+def test_serve_knows_the_header() -> None:
+    from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER
+
+    assert proxy.UNWATCHED_HEADER == SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER
 
 
 def test_it_ends_when_ray_does() -> None:

@@ -1,8 +1,8 @@
 """The encoder: windows of sound in, unit vectors out, batched across requests.
 
 `BatchingEncoder` lives in a process: in every API replica for short queries where they run on CPUs (no hop), and in the
-`Encoder` deployment for long uploads and for GPUs. The deployment runs at a low priority on CPUs, so that long uploads
-take the time that short queries leave.
+`Encoder` deployment for long uploads and for GPUs. On CPUs the deployment works when nothing else does, so that long
+uploads take the time that short queries leave.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # torch is loaded where something is encoded: `serve run` onl
     from audiomae.model.encoder import AudioEncoder
 
 LONG_BATCH = 4  # windows of a long upload encoded at a time: a short query waits for no more than these
-NICE = 19
 BEHIND = 2  # how much nicer the encoding threads are than the rest of their process
+LAST = 19  # niceness of threads that work when nobody else does
 
 
 @dataclass(order=True)
@@ -65,9 +65,10 @@ class BatchingEncoder:
     Args:
         args: the service's arguments.
         processes: how many share the cores.
+        behind: how much nicer than their process the threads are.
     """
 
-    def __init__(self, args: ServeArgs, processes: int = 1) -> None:
+    def __init__(self, args: ServeArgs, processes: int = 1, behind: int = BEHIND) -> None:
         import torch
 
         from audiomae.model.devices import pick_device
@@ -81,11 +82,10 @@ class BatchingEncoder:
         one_by_one = pick_device(args.device).type == "cuda"
         cores = 1 if one_by_one else args.encoder_threads or available_cpus()
         self._threads = cores if args.encoder_threads else max(1, cores // processes)
-        nice = os.getpriority(os.PRIO_PROCESS, 0) + BEHIND
         self._teamwork = Teamwork(cores)
-        self.leader = ThreadPoolExecutor(1, "leader", initializer=_step_back, initargs=(nice,))
+        self.leader = ThreadPoolExecutor(1, "leader", initializer=_step_back, initargs=(behind,))
         for _ in range(self._threads):
-            threading.Thread(target=self._work, args=[nice], name="encode", daemon=True).start()
+            threading.Thread(target=self._work, args=[behind], name="encode", daemon=True).start()
 
     def load(self, version: str) -> EncoderInfo:
         """Make the encoder of release `version` ready and describe it.
@@ -140,8 +140,8 @@ class BatchingEncoder:
         """Unit vectors float32[T, dim] of texts; only for encoders with a text tower."""
         return self._encoders.get(version).embed_text(texts)
 
-    def _work(self, nice: int) -> None:
-        _step_back(nice)
+    def _work(self, behind: int) -> None:
+        _step_back(behind)
         while True:
             jobs = self._next_jobs()
             wanted = [job for job in jobs if job.done.set_running_or_notify_cancel()]
@@ -184,14 +184,21 @@ class BatchingEncoder:
         return encoder
 
 
-def _step_back(nice: int) -> None:
-    """What a thread that computes begins with: one thread, and a niceness of its own."""
+def _step_back(behind: int) -> None:
+    """What a thread that computes begins with: one thread, and so much nicer than before; `LAST` of all, `LAST`.
+
+    The nicest thread still has a core for milliseconds once it has got it; the scheduling class for idle time gives it
+    back at once.
+    """
     import torch
 
     torch.get_num_threads()  # a thread takes over what was set last, in whatever thread, when it first asks
     torch.set_num_threads(1)
-    with suppress(OSError):  # of this thread alone; as it is where the system has no such thing
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+    with suppress(OSError, AttributeError):  # of this thread alone; as it is where the system has no such thing
+        mine = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, mine, min(LAST, os.getpriority(os.PRIO_PROCESS, mine) + behind))
+        if behind == LAST:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class Encoder:
@@ -201,11 +208,13 @@ class Encoder:
     """
 
     def __init__(self, args: ServeArgs, version: str) -> None:
+        from audiomae.model.devices import pick_device
+
         self._args = args
-        self._encoder = BatchingEncoder(args)
-        if not self._encoder.load(version).device.startswith("cuda"):
-            os.nice(NICE)  # threads made from here on, torch's among them
-        self._work = asyncio.Semaphore(available_cpus())
+        behind = BEHIND if pick_device(args.device).type == "cuda" else LAST
+        self._encoder = BatchingEncoder(args, behind=behind)
+        self._encoder.load(version)
+        self._uploads = ThreadPoolExecutor(available_cpus(), "upload", initializer=_step_back, initargs=(behind,))
 
     def load(self, version: str) -> EncoderInfo:
         """As `BatchingEncoder.load`."""
@@ -223,8 +232,8 @@ class Encoder:
         Raises:
             Problem: 413, 415 or 422 with the decoder's reason.
         """
-        async with self._work:
-            return await asyncio.to_thread(self._embed_upload, version, data, window_s, region)
+        work = asyncio.get_running_loop().run_in_executor
+        return await work(self._uploads, self._embed_upload, version, data, window_s, region)
 
     def encode_text(self, version: str, texts: list[str]) -> np.ndarray:
         """As `BatchingEncoder.encode_text`."""

@@ -1,17 +1,23 @@
 """Windows of many requests go through the encoder together, and none waits for a long request to end."""
 
+import asyncio
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import serving
+import soundfile
 import torch
 from threadpoolctl import threadpool_info
 
+from serve import encoder as serve_encoder
 from serve.arguments import ServeArgs
-from serve.encoder import BEHIND, LONG_BATCH, BatchingEncoder
+from serve.encoder import BEHIND, LAST, LONG_BATCH, BatchingEncoder, Encoder
+from serve.queries import WHOLE
 from serve.teamwork import Teamwork
 
 
@@ -138,3 +144,34 @@ def test_a_batch_on_every_core_and_all_behind_the_event_loop(
     while (nice := {os.getpriority(os.PRIO_PROCESS, thread.native_id or 0) for thread in made}) != wanted:
         assert time.monotonic() < until, nice
     assert os.getpriority(os.PRIO_PROCESS, 0) == mine
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system has no such class")
+def test_long_uploads_are_decoded_and_encoded_in_time_that_nobody_wants(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    audio, seen = serving.make_encoder(), dict[str, tuple[int, int]]()
+    embed, decode_query = audio.embed, serve_encoder.decode_query
+
+    def note(what: str) -> None:
+        seen[what] = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def encoded(*args: Any, **options: Any) -> np.ndarray:
+        note("encoded")
+        return embed(*args, **options)
+
+    def decoded(*args: Any) -> Any:
+        note("decoded")
+        return decode_query(*args)
+
+    monkeypatch.setattr(audio, "embed", encoded)
+    monkeypatch.setattr(serve_encoder, "decode_query", decoded)
+    monkeypatch.setattr(BatchingEncoder, "_open", lambda self, version: audio)
+    soundfile.write(tmp_path / "long.wav", serving.sound("chirp", 0, 20.0), serving.RATE)
+    mine = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)
+    deployment = Encoder(ServeArgs(index="unused", device="cpu"), "v1")
+    upload = deployment.embed_upload("v1", (tmp_path / "long.wav").read_bytes(), serving.WINDOW_S, WHOLE)
+    spans, vectors = asyncio.run(upload)
+    assert len(spans) == len(vectors) == 10
+    assert seen == dict.fromkeys(("decoded", "encoded"), (os.SCHED_IDLE, LAST))
+    assert (os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)) == mine

@@ -60,38 +60,39 @@ def compose(args: ServeArgs, release: releases.Release) -> serve.Application:
     """The deployments with their limits.
 
     Ray's own queues are wide open: requests wait, and are refused, in `serve.admission`, where costs are known and the
-    answer is a problem with `Retry-After`. CPU numbers are reservations: small, so that the service also starts on a
-    laptop; raise them in `serve/config.yaml` to keep batch jobs away.
+    answer is a problem with `Retry-After`. CPUs are reserved: few, so that the service also starts on a laptop; raise
+    them in `serve/config.yaml` to keep batch jobs away.
     """
     from serve.encoder import Encoder
 
     version, gpus = release.version, front.encoder_gpus(args)
     count = args.index_shards or front.shards_needed(release)
     args = args.model_copy(update={"api_replicas": args.api_replicas or front.api_replicas(release, count)})
+    cpus = front.reserved_cpus(args.encoder_replicas + args.api_replicas + (count if count > 1 else 0))
     encoder = (
         deployment(Encoder)
         .options(
             num_replicas=args.encoder_replicas,
             max_ongoing_requests=API_REQUESTS,
-            ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus},
+            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         )
         .bind(args, version)
     )
     shared = SharedVersion(args.index, args.version, version, front.instance())
-    shards = [shard(args, number, count, shared) for number in range(count)] if count > 1 else []
+    shards = [shard(args, number, count, shared, cpus) for number in range(count)] if count > 1 else []
     return (
         deployment(Api)
         .options(
             num_replicas=args.api_replicas,
             max_ongoing_requests=API_REQUESTS,
-            ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": front.REPLICA_ENVIRONMENT}},
+            ray_actor_options={"num_cpus": cpus, "runtime_env": {"env_vars": front.REPLICA_ENVIRONMENT}},
             logging_config={"enable_access_log": False},
         )
         .bind(args, encoder, shared, not gpus, shards)
     )
 
 
-def shard(args: ServeArgs, number: int, count: int, shared: SharedVersion) -> serve.Application:
+def shard(args: ServeArgs, number: int, count: int, shared: SharedVersion, cpus: float) -> serve.Application:
     """Deployment `Shard<number>` of so many: by its name whoever asks for a part of the index gets that part."""
     from serve.shard import Shard
 
@@ -100,7 +101,7 @@ def shard(args: ServeArgs, number: int, count: int, shared: SharedVersion) -> se
         .options(
             name=f"Shard{number}",
             max_ongoing_requests=API_REQUESTS,
-            ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": front.REPLICA_ENVIRONMENT}},
+            ray_actor_options={"num_cpus": cpus, "runtime_env": {"env_vars": front.REPLICA_ENVIRONMENT}},
         )
         .bind(args, number, count, shared)
     )

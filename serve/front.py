@@ -18,6 +18,7 @@ from serve import proxy
 from serve.arguments import ServeArgs
 
 MEMORY_SHARE = 0.5  # of a node's memory, for an index in one process
+RESERVED_CPUS = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)  # of a replica: the first with which all of them find a node
 MOST_REPLICAS = 4  # of the API, unless more are asked for: each takes some 0.6 GB where it encodes
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 NICENESS = {"RAY_worker_niceness": "0"}  # Ray's default is 15: right for batch jobs, wrong for what people wait for
@@ -111,6 +112,21 @@ def api_replicas(release: Release, index_shards: int) -> int:
         held = sum(segment_rows(release)) * int(spec["bytes_in_memory"])
         most = min(most, int(MEMORY_SHARE * largest["memory"] / max(1, held)))
     return max(1, most)
+
+
+def reserved_cpus(replicas: int) -> float:
+    """CPUs that each of so many replicas reserves: half of one, but less where the nodes have too few for all of them.
+
+    A replica that finds no node is waited for, for ever. An autoscaler starts the nodes that are missing.
+    """
+    known = nodes() if ray.is_initialized() else []
+    if not known or node_types():
+        return RESERVED_CPUS[0]
+
+    def fit(share: float) -> bool:
+        return sum(int(node.get("CPU", 0) / share + 1e-9) for node in known) >= replicas
+
+    return next(filter(fit, RESERVED_CPUS), RESERVED_CPUS[-1])
 
 
 def instance() -> str:

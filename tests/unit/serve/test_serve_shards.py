@@ -13,7 +13,7 @@ from embedding_sets import clusters, make_release, make_set
 from audiomae.search.audio_index import AudioIndex
 from audiomae.search.sharded import Question, ShardMissingError, open_shard
 from serve import shards as module
-from serve.front import shards_needed
+from serve.front import reserved_cpus, shards_needed
 from serve.shard import ShardServer, pack, unpack
 from serve.shards import IndexShards, ShardClient
 from serve.versions import VersionCache
@@ -166,6 +166,29 @@ def test_large_indexes_are_divided(
     info = {"dim": 384, "spec": {"bytes_in_memory": 68}, "segments": [{"rows": rows // 2}, {"rows": rows // 2}]}
     release: Any = SimpleNamespace(info=info)
     assert shards_needed(release) == expected
+
+
+@pytest.mark.parametrize(
+    ("cpus", "replicas", "autoscaled", "expected"),
+    [
+        ([2], 3, False, 0.5),
+        ([2], 6, False, 0.25),
+        ([1, 1], 5, False, 0.25),  # two halves of one CPU each
+        ([0, 2], 21, False, 0.05),
+        ([1], 1000, False, 0.01),
+        ([2], 6, True, 0.5),
+        ([], 6, False, 0.5),
+    ],
+)
+def test_every_replica_finds_a_node(
+    monkeypatch: pytest.MonkeyPatch, cpus: list[int], replicas: int, autoscaled: bool, expected: float
+) -> None:
+    from serve import front
+
+    monkeypatch.setattr(front, "nodes", lambda: [{"CPU": count} if count else {} for count in cpus])
+    monkeypatch.setattr(front, "node_types", lambda: [{"CPU": 4}] if autoscaled else [])
+    monkeypatch.setattr(front.ray, "is_initialized", lambda: bool(cpus))
+    assert reserved_cpus(replicas) == expected
 
 
 @pytest.mark.parametrize(

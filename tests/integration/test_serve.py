@@ -409,16 +409,22 @@ def test_a_killed_replica_fails_no_request(service: Service, deployment: str) ->
     assert set(under_load(service.http.base_url, ask, kill_and_replace, clients=3)) == {(200, serving)}
 
 
-def test_a_damaged_release_is_refused_and_the_old_one_serves_on(service: Service) -> None:
+def test_a_damaged_release_is_refused_and_the_old_one_serves_on_under_load(service: Service) -> None:
     serving = service.http.get("/release").json()
     staging = service.work / f"damaged-{serving['version']}"
     damaged = publish_release(service.index, service.corpus, make_encoder(seed=2), staging)
     with (Path(damaged.path) / "vectors.faiss").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x5a")
-    reply = service.reload(damaged.version)
-    assert (reply.status_code, reply.json()["code"]) == (409, "release_refused")
-    assert "vectors.faiss" in reply.json()["detail"] and "Traceback" not in reply.json()["detail"]
+
+    def roll_out() -> None:
+        for version in (damaged.version, "latest"):
+            reply = service.reload(version)
+            assert (reply.status_code, reply.json()["code"]) == (409, "release_refused")
+            assert "vectors.faiss" in reply.json()["detail"] and "Traceback" not in reply.json()["detail"]
+
+    answers = under_load(service.http.base_url, ask, roll_out, clients=3)
+    assert set(answers) == {(200, serving["version"])}
     assert service.http.get("/release").json() == serving
     with pytest.raises(click.ClickException, match=r"vectors\.faiss: damaged"):
         build({"index": str(service.index)})

@@ -185,7 +185,7 @@ class BatchingEncoder:
 
 
 def _step_back(behind: int) -> None:
-    """What a thread that computes begins with: one thread, and so much nicer than before; `LAST` of all, `LAST`.
+    """What a thread that computes begins with: one thread, and so much nicer than before; with `LAST` behind everybody.
 
     The nicest thread still has a core for milliseconds once it has got it; the scheduling class for idle time gives it
     back at once.

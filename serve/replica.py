@@ -25,9 +25,7 @@ from serve.shards import IndexShards
 from serve.versions import SharedVersion
 
 FOLLOW_S = 5.0
-GC_OBJECTS = (
-    10_000  # new objects between two looks for garbage: at Python's 700 they took a twentieth of the event loop
-)
+GC_OBJECTS = 10_000  # new ones between two looks for garbage, which at Python's 700 took a twentieth of the event loop
 SWITCH_S = 0.001  # a thread that computes gives the event loop its turn five times sooner than Python's default
 
 
